@@ -1,0 +1,1 @@
+"""Turns a folder of recordings into a dataset of mel spectrograms."""
