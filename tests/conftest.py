@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def digit_files(tmp_path_factory) -> list[Path]:
+    """Recordings of spoken digits when `TONEFIELD_FSDD` names their folder, otherwise vowel-like sounds at 8 kHz."""
+    folder = os.environ.get("TONEFIELD_FSDD")
+    if folder:
+        return sorted(Path(folder).rglob("*.wav"))[::97]
+    folder = tmp_path_factory.mktemp("digits")
+    rng = np.random.default_rng(0)
+    for index in range(16):
+        time = np.arange(int(rng.uniform(0.3, 0.9) * 8000)) / 8000
+        pitch = rng.uniform(90, 220) * (1 + 0.1 * np.sin(2 * np.pi * 2 * time))
+        formants = rng.uniform([300, 900], [800, 2500])
+        harmonics = np.arange(1, 17)[:, None] * pitch
+        loudness = sum(np.exp(-(((harmonics - f) / 200) ** 2)) for f in formants) + 0.01
+        voice = (loudness * np.sin(2 * np.pi * np.cumsum(harmonics, 1) / 8000)).sum(0) * np.sin(np.pi * time / time[-1])
+        soundfile.write(folder / f"{index}.wav", 0.3 * voice / np.abs(voice).max(), 8000)
+    return sorted(folder.glob("*.wav"))
