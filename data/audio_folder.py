@@ -1,0 +1,144 @@
+"""Where recordings come from: a folder with labels and captions beside the audio, or a dataset with an audio column."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+from datasets import Audio, ClassLabel, Dataset, Features, IterableDataset, Value
+
+from tonefield.command_line import UserError
+from tonefield.data.audio_files import FFMPEG_EXTENSIONS, SOUNDFILE_EXTENSIONS
+
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file of audio: its name within the source, where to read it, and what is known of it."""
+
+    name: str
+    audio: Path | bytes | None
+    size: int = 0
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class AudioFolder:
+    """The recordings below a folder, in the order of their names.
+
+    Every column of a `metadata.csv` or `metadata.jsonl` (Hugging Face's AudioFolder convention: `file_name` is relative to
+    the file that names it) comes along. A column `label` there, or else the folder that a file lies in, is its class.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            what = "is not a folder" if self.folder.exists() else "does not exist"
+            raise UserError(f"--input_dir {folder} {what}.")
+        self.rejects: list[tuple[str, str]] = []  # files that are no recordings, with the reason
+        self.warnings: list[str] = []
+        paths, metadata = self._walk()
+        if not paths:
+            kinds = " ".join(sorted(SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS))
+            raise UserError(f"There are no recordings in {folder} (looked for {kinds}).")
+        self.features, rows = self._read_metadata(metadata, set(paths))
+        if "label" not in self.features:
+            parents = {name: name.split("/")[0] for name in paths if "/" in name}
+            if len(parents) == len(paths) and len(set(parents.values())) > 1:
+                classes = ClassLabel(names=sorted(set(parents.values())))
+                self.features["label"] = classes
+                for name, label in parents.items():
+                    rows.setdefault(name, {})["label"] = classes.str2int(label)
+        nothing = dict.fromkeys(self.features)
+        self._recordings = [
+            Recording(name, path, path.stat().st_size, nothing | rows.get(name, {})) for name, path in paths.items()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def __iter__(self) -> Iterator[Recording]:
+        return iter(self._recordings)
+
+    def _walk(self) -> tuple[dict[str, Path], list[Path]]:
+        paths, metadata = {}, []
+        for parent, folders, files in os.walk(self.folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for file in sorted(name for name in files if not name.startswith(".")):
+                path = Path(parent, file)
+                name = path.relative_to(self.folder).as_posix()
+                if path.suffix.lower() in SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS:
+                    paths[name] = path
+                elif file in METADATA_FILES:
+                    metadata.append(path)
+                elif not file.upper().startswith(("README", "LICENSE", "LICENCE")):
+                    self.rejects.append((name, f"is not audio by its name ({path.suffix or 'no extension'})"))
+        return dict(sorted(paths.items())), metadata
+
+    def _read_metadata(self, files: list[Path], names: set[str]) -> tuple[Features, dict[str, dict[str, Any]]]:
+        """The columns that metadata files give, and their values by the name of the recording."""
+        types: dict[str, Any] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        unknown = []
+        for file in files:
+            try:
+                table = pa.csv.read_csv(file) if file.suffix == ".csv" else pa.json.read_json(file)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+            if "file_name" not in table.column_names:
+                raise UserError(f"{file} has no column 'file_name'; its columns are {', '.join(table.column_names)}.")
+            base = file.parent.relative_to(self.folder)
+            for row in table.to_pylist():
+                name = os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")
+                if name in names:
+                    rows[name] = row
+                else:
+                    unknown.append(name)
+            for column in table.drop_columns("file_name").schema:
+                if types.setdefault(column.name, column.type) != column.type:
+                    raise UserError(f"{file}: column {column.name!r} is {column.type}, elsewhere {types[column.name]}.")
+        if unknown:
+            self.warnings.append(f"{len(unknown)} rows of metadata name no file, the first one {unknown[0]}")
+        if files and len(rows) < len(names):
+            first = min(names - rows.keys())
+            self.warnings.append(f"{len(names) - len(rows)} files have no row of metadata, the first one {first}")
+        features = Features({name: _feature(kind) for name, kind in types.items()})
+        if "label" in types:
+            labels = {row["label"] for row in rows.values()} - {None}
+            classes = ClassLabel(names=sorted(map(str, labels)))
+            features["label"] = classes
+            for row in rows.values():
+                row["label"] = None if row["label"] is None else classes.str2int(str(row["label"]))
+        return features, rows
+
+
+class AudioColumn:
+    """The recordings of a dataset with an audio column, from the Hub or from disk, in the order they come in."""
+
+    def __init__(self, dataset: Dataset | IterableDataset, column: str):
+        features = dataset.features
+        if features is None or column not in features:
+            raise UserError(f"The dataset has no column {column!r}; its columns are {', '.join(features or ())}.")
+        others = {name: kind for name, kind in features.items() if name != column}
+        self.features = Features({name: kind for name, kind in others.items() if isinstance(kind, (Value, ClassLabel))})
+        self.rejects: list[tuple[str, str]] = []
+        self.warnings = [f"column {name!r} is left out" for name in others if name not in self.features]
+        self._column = column
+        # Decoding is ours: the library's own needs a package that has no build for many machines.
+        self._dataset = dataset.select_columns([column, *self.features]).cast_column(column, Audio(decode=False))
+
+    def __iter__(self) -> Iterator[Recording]:
+        for index, row in enumerate(self._dataset):
+            audio = row.pop(self._column) or {}
+            data, path = audio.get("bytes"), audio.get("path")
+            source = data or (Path(path) if path else None)
+            yield Recording(Path(path or f"{index:08d}").name, source, len(data or b""), row)
+
+
+def _feature(kind: pa.DataType) -> Value:
+    return Value("string") if pa.types.is_null(kind) else Value(str(kind).replace("double", "float64"))

@@ -1,0 +1,369 @@
+"""Writes a dataset of recordings: in parallel, in bounded memory, and so that a stopped run can be taken up again.
+
+The recordings are dealt into parts. A part is converted by one thread and written to one Arrow file, under a temporary
+name until it is complete; a note beside it holds what it counted. When all parts are there their files are moved into
+the layout of `datasets.load_from_disk`. Parts and their order follow from the recordings alone, so neither the number
+of threads nor an interruption changes the result.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import DatasetInfo, Features
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from tonefield.command_line import UserError
+from tonefield.data.audio_folder import AudioColumn, AudioFolder, Recording
+
+
+PART_RECORDINGS = 256
+PART_BYTES = (2**20, 2**26)  # at least and at most, on disk; between them, as many as make 64 parts
+
+
+class Converter(Protocol):
+    """Turns recordings into rows."""
+
+    features: Features
+
+    def convert(self, recordings: Iterable[Recording], part: "Part") -> Iterator[pa.Table]:
+        """Yields tables of some rows; tells `part` what it rejects, skips, reads and sums up."""
+        ...
+
+
+@dataclass
+class Part:
+    """A share of the recordings, and what came of it."""
+
+    index: int
+    split: str
+    recordings: list[Recording] = field(repr=False)
+    rows: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    rejects: list[tuple[str, str]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    on_seconds: Callable[[float], None] = field(default=lambda seconds: None, repr=False)
+
+    def heard(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.on_seconds(seconds)
+
+    def reject(self, recording: Recording, reason: str) -> None:
+        self.rejects.append((recording.name, reason))
+
+    def add(self, **sums: float) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+@dataclass
+class Result:
+    """What `build` found; `sums` are per split."""
+
+    rows: dict[str, int]
+    seconds: float
+    skipped: int
+    rejects: list[tuple[str, str]]
+    sums: dict[str, dict[str, float]]
+    recordings: int
+
+
+def order(recordings: Iterable[Recording], seed: int) -> list[Recording]:
+    """A shuffle that depends on names only: a file keeps its place among the others when files come and go."""
+    return sorted(recordings, key=lambda recording: (_hash(seed, recording.name), recording.name))
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def plan_parts(source: AudioFolder | AudioColumn, held_out: dict[str, float], seed: int) -> Iterator[Part]:
+    """Deals recordings into splits and parts. `held_out` gives the fraction of the files of each split but `train`."""
+    index = itertools.count()
+
+    def parts(split: str, recordings: Iterable[Recording], part_bytes: int) -> Iterator[Part]:
+        batch, size = [], 0
+        for recording in recordings:
+            batch.append(recording)
+            size += recording.size
+            if len(batch) == PART_RECORDINGS or size >= part_bytes:
+                yield Part(next(index), split, batch)
+                batch, size = [], 0
+        if batch:
+            yield Part(next(index), split, batch)
+
+    if isinstance(source, AudioFolder):
+        recordings = order(source, seed)
+        part_bytes = int(np.clip(sum(recording.size for recording in recordings) // 64, *PART_BYTES))
+        for split, fraction in held_out.items():
+            count = max(1, round(fraction * len(source))) if fraction > 0 else 0
+            yield from parts(split, recordings[:count], part_bytes)
+            recordings = recordings[count:]
+        yield from parts("train", recordings, part_bytes)
+        return
+
+    # How many recordings a stream holds is not known: each is held out with the probability of its split.
+    queues: dict[str, list[Recording]] = {split: [] for split in ["train", *held_out]}
+    sizes = dict.fromkeys(queues, 0)
+    for number, recording in enumerate(source):
+        place = int.from_bytes(_hash(seed, f"{recording.name}#{number}")[:8], "big") / 2**64
+        chosen = "train"
+        for split, fraction in held_out.items():
+            if 0 <= place < fraction:
+                chosen = split
+            place -= fraction
+        queues[chosen].append(recording)
+        sizes[chosen] += recording.size
+        if len(queues[chosen]) == PART_RECORDINGS or sizes[chosen] >= PART_BYTES[1]:
+            yield Part(next(index), chosen, queues[chosen])
+            queues[chosen], sizes[chosen] = [], 0
+    for split, recordings in queues.items():
+        if recordings:
+            yield Part(next(index), split, recordings)
+
+
+class DatasetBuilder:
+    """
+    Args:
+        output_dir: Where the dataset will be. Until it is complete it is at `output_dir` + `.partial`.
+        settings: What the rows depend on; a run is only taken up again with the same settings.
+        resume: Whether to take up a run that was stopped.
+    """
+
+    def __init__(self, output_dir: str | Path, settings: dict, resume: bool = False):
+        self.output_dir = Path(output_dir)
+        self.work = self.output_dir.with_name(self.output_dir.name + ".partial")
+        self.settings = json.loads(json.dumps(settings))
+        if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+            raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
+        plan = self.work / "plan.json"
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.work / "lock")
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"Another run is writing {output_dir} right now.") from None
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
+        if plan.exists() and not resume:
+            raise UserError(f"{self.work} holds an unfinished run: add --resume to finish it, or delete that folder.")
+        if plan.exists():
+            self._check_settings(json.loads(plan.read_text()))
+        else:
+            self._write(plan, json.dumps(self.settings))
+
+    def _check_settings(self, before: dict) -> None:
+        for name in before.keys() | self.settings.keys():
+            if before.get(name) != self.settings.get(name):
+                raise UserError(
+                    f"The unfinished run in {self.work} had {name} = {before.get(name)}, this one has"
+                    f" {self.settings.get(name)}: use the same, or delete that folder."
+                )
+
+    def _write(self, path: Path, text: str) -> None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+    # ----- parts
+
+    def run(
+        self, parts: Iterable[Part], converter: Converter, num_proc: int, max_rows: int | None = None,
+        held_out: dict[str, float] | None = None, total_bytes: int = 0,
+    ) -> list[Part]:  # fmt: skip
+        """Converts the parts that are not there yet and returns all of them, in order.
+
+        With `max_rows` the parts are converted one after the other, since each is told how many rows are still wanted
+        of its split.
+        """
+        limits = None
+        if max_rows is not None:
+            limits = {split: round(fraction * max_rows) for split, fraction in (held_out or {}).items()}
+            limits["train"] = max_rows - sum(limits.values())
+        stop = threading.Event()
+        done: list[Part] = []
+        with _Progress(total_bytes) as progress, ThreadPoolExecutor(1 if limits else num_proc) as pool:
+            running: set[Future] = set()
+
+            def collect(futures: Iterable[Future]) -> None:
+                for future in futures:
+                    part = future.result()
+                    done.append(part)
+                    progress.completed(part)
+                    if limits:
+                        limits[part.split] -= part.rows
+
+            try:
+                for part in parts:
+                    if limits and limits[part.split] <= 0:
+                        continue
+                    part.on_seconds = progress.heard
+                    running.add(pool.submit(self._convert, part, converter, stop, limits and limits[part.split]))
+                    # A few parts ahead keep all threads busy, and a stream from being read into memory.
+                    while running and (limits or len(running) > 2 * num_proc):
+                        finished = wait(running, return_when=FIRST_COMPLETED).done
+                        running -= finished
+                        collect(finished)
+                collect(running)
+            except BaseException as error:
+                stop.set()
+                for future in running:
+                    future.cancel()
+                if isinstance(error, OSError):
+                    raise UserError(
+                        f"Cannot write to {self.work}: {error.strerror or error}. {len(done)} parts are finished and kept:"
+                        " mend it and run the same command with --resume."
+                    ) from None
+                raise
+        return sorted(done, key=lambda part: part.index)
+
+    def _paths(self, part: Part) -> tuple[Path, Path]:
+        stem = f"{part.split}-{part.index:06d}"
+        return self.work / f"{stem}.arrow", self.work / f"{stem}.json"
+
+    def _digest(self, part: Part) -> str:
+        names = [(recording.name, recording.size, recording.columns) for recording in part.recordings]
+        return hashlib.sha256(json.dumps(names, default=str).encode()).hexdigest()
+
+    def _finished(self, part: Part) -> Part | None:
+        """What an earlier run counted in this part, if it completed it."""
+        _, note = self._paths(part)
+        if not note.exists():
+            return None
+        counted = json.loads(note.read_text(encoding="utf-8"))
+        if counted.pop("recordings") != self._digest(part):
+            raise UserError(
+                f"The recordings have changed since the unfinished run in {self.work} (near"
+                f" {part.recordings[0].name}): delete that folder and start again."
+            )
+        return Part(**counted, recordings=part.recordings)
+
+    def _convert(self, part: Part, converter: Converter, stop: threading.Event, limit: int | None) -> Part:
+        """Converts one part, in a thread; leaves a complete file and a note of what it counted, or neither."""
+        if (finished := self._finished(part)) is not None:
+            part.on_seconds(finished.seconds)
+            return finished
+        # One thread computes one part: that scales better than several threads for each small operation, and the last
+        # bits of a result do not depend on how many there are.
+        torch.set_num_threads(1)
+        arrow, note = self._paths(part)
+        temporary = arrow.with_suffix(".tmp")
+
+        def recordings() -> Iterator[Recording]:
+            for recording in part.recordings:
+                if stop.is_set():
+                    raise InterruptedError("stopped")
+                yield recording
+
+        schema = converter.features.arrow_schema
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for table in converter.convert(recordings(), part):
+                table = table.slice(0, None if limit is None else limit - part.rows)
+                stream.write_table(table)
+                part.rows += len(table)
+                if part.rows == limit:
+                    break
+        os.replace(temporary, arrow)
+        counted = {name: value for name, value in vars(part).items() if name not in ("recordings", "on_seconds")}
+        self._write(note, json.dumps(counted | {"recordings": self._digest(part)}))
+        return part
+
+    # ----- the dataset
+
+    def result(self, parts: list[Part], rejects: list[tuple[str, str]]) -> Result:
+        """Adds up the parts."""
+        result = Result({}, 0.0, 0, sorted(rejects), {}, 0)
+        for part in parts:
+            result.rows[part.split] = result.rows.get(part.split, 0) + part.rows
+            result.seconds += part.seconds
+            result.skipped += part.skipped
+            result.recordings += len(part.recordings)
+            result.rejects += [tuple(reject) for reject in part.rejects]
+            sums = result.sums.setdefault(part.split, {})
+            for name, value in part.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        result.rejects.sort()
+        return result
+
+    def finish(self, parts: list[Part], result: Result, features: Features) -> None:
+        """Moves the parts into a folder that `datasets.load_from_disk` reads, and that folder to its place."""
+        dataset = self.work / "dataset"
+        shutil.rmtree(dataset, ignore_errors=True)
+        splits = [split for split in ("train", "validation", "test") if result.rows.get(split)]
+        for split in splits:
+            folder = dataset / split
+            folder.mkdir(parents=True)
+            arrows = [self._paths(part)[0] for part in parts if part.split == split and part.rows]
+            names = [f"data-{i:05d}-of-{len(arrows):05d}.arrow" for i in range(len(arrows))]
+            for arrow, name in zip(arrows, names, strict=True):
+                _link(arrow, folder / name)  # not moved: a stop in here loses nothing
+            DatasetInfo(features=features).write_to_directory(folder)
+            state = {
+                "_data_files": [{"filename": name} for name in names],
+                "_fingerprint": hashlib.sha256(json.dumps([self.settings, names]).encode()).hexdigest()[:16],
+                "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
+                "_split": split,
+            }  # fmt: skip
+            self._write(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
+        self._write(dataset / "dataset_dict.json", json.dumps({"splits": splits}))
+        write_rejects(dataset / "rejects.jsonl", result.rejects)
+        if self.output_dir.exists():
+            self.output_dir.rmdir()
+        os.replace(dataset, self.output_dir)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes what the run kept for being taken up again."""
+        self._lock.release()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:
+    lines = [json.dumps({"audio_file": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in rejects]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name; where the file system knows no links, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class _Progress:
+    """A bar that counts seconds of sound. How many there are in all is estimated from the bytes read so far."""
+
+    def __init__(self, total_bytes: int):
+        self._bar = tqdm(unit="s", unit_scale=True, desc="seconds of sound", dynamic_ncols=True)
+        self._lock = threading.Lock()
+        self._total_bytes, self._bytes, self._seconds = total_bytes, 0, 0.0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def heard(self, seconds: float) -> None:
+        with self._lock:
+            self._bar.update(seconds)
+
+    def completed(self, part: Part) -> None:
+        self._seconds += part.seconds
+        self._bytes += sum(recording.size for recording in part.recordings)
+        if self._bytes and self._total_bytes:
+            self._bar.total = self._seconds * self._total_bytes / self._bytes

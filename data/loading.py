@@ -1,0 +1,49 @@
+"""Reading datasets back: from disk or from the Hub, with the record of the front end that made them."""
+
+import json
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+
+from tonefield.command_line import UserError
+
+
+# A dataset's features are the one thing that `save_to_disk`, `push_to_hub`, streaming and every transformation of a
+# dataset keep. So the record is the name of the only class of a column of classes: eight bytes a row.
+RECORD_COLUMN = "front_end"
+
+
+def record_feature(record: dict) -> ClassLabel:
+    """The feature of the column that carries `record`."""
+    return ClassLabel(names=[json.dumps(record, sort_keys=True)])
+
+
+def read_record(features: Features | None) -> dict:
+    """The record of the front end that made a dataset: its settings, its fingerprint and the dataset's statistics."""
+    feature = (features or {}).get(RECORD_COLUMN)
+    if not isinstance(feature, ClassLabel) or len(feature.names) != 1:
+        raise UserError(
+            f"The dataset has no column {RECORD_COLUMN!r} with the settings of its front end: make it with"
+            " audio_to_images.py."
+        )
+    return json.loads(feature.names[0])
+
+
+def load_split(name: str, split: str = "train", streaming: bool = False, config: str | None = None):
+    """One split of a dataset: a folder written by this collection or by `save_to_disk`, or a Hub id."""
+    try:
+        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
+            dataset = load_from_disk(name)
+            if isinstance(dataset, dict):
+                if split not in dataset:
+                    raise UserError(f"{name} has no split {split!r}; it has {', '.join(dataset)}.")
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
+        raise UserError(f"The dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # an unknown split or configuration
+        raise UserError(f"The dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    assert isinstance(dataset, (Dataset, IterableDataset))
+    return dataset

@@ -1,0 +1,188 @@
+"""Recordings to rows of mel spectrograms."""
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Array3D, Features, Image, Value
+from datasets.features.features import Array3DExtensionType
+
+from tonefield.command_line import UserError
+from tonefield.data.audio_files import AudioError, read_blocks
+from tonefield.data.audio_folder import Recording
+from tonefield.data.dataset_builder import Part
+from tonefield.data.loading import RECORD_COLUMN, record_feature
+from tonefield.data.loudness import integrated_loudness
+from tonefield.models.mel_spectrogram import MelSpectrogram
+
+
+BATCH_SLICES = 64
+PEAK_AFTER_GAIN = 0.99
+
+
+class MelConverter:
+    """
+    Args:
+        mel: The front end.
+        columns: The columns that come along with each recording.
+        pad: What becomes of the end of a recording, see [`MelSpectrogram.slice_starts`].
+        silence_db: Slices whose peak is below this level, in dB of full scale, are skipped.
+        loudness: What to bring each recording to, in LUFS, as far as its peaks allow; `None` leaves it as it is.
+        save_images: Whether to add 8-bit pictures.
+    """
+
+    def __init__(
+        self, mel: MelSpectrogram, columns: Features, pad: str, silence_db: float, loudness: float | None,
+        save_images: bool,
+    ):  # fmt: skip
+        c = mel.config
+        self.mel, self.pad, self.silence, self.loudness = mel, pad, 10 ** (silence_db / 20), loudness
+        self.front_end_settings = {name: value for name, value in c.items() if not name.startswith("_")}
+        own: dict = {
+            "mel": Array3D((1, c.n_mels, c.num_frames), "float16"),
+            "audio_file": Value("string"),
+            "slice": Value("int32"),
+            "start_sample": Value("int64"),
+            "valid_frames": Value("int32"),
+            RECORD_COLUMN: record_feature({}),
+        }
+        if loudness is not None:
+            own["gain_db"] = Value("float32")
+        if c.ref == "slice":
+            own["ref_db"] = Value("float32")
+        if save_images:
+            own["image"] = Image(mode="L")
+        if clash := own.keys() & columns.keys():
+            raise UserError(f"The recordings come with a column {min(clash)!r}, a name that is taken: rename it.")
+        self.columns = list(columns)
+        self.features = Features(own | columns)
+
+    def convert(self, recordings: Iterable[Recording], part: Part) -> Iterator[pa.Table]:
+        """Slices are gathered across recordings and computed in batches of [`BATCH_SLICES`]."""
+        rows: list[tuple] = []
+        for recording in recordings:
+            try:
+                for row in self._slices(recording, part):
+                    rows.append(row)
+                    if len(rows) == BATCH_SLICES:
+                        yield self._batch(rows, part)
+                        rows = []
+            except AudioError as error:
+                rows = [row for row in rows if row[0] is not recording]
+                part.reject(recording, str(error))
+        if rows:
+            yield self._batch(rows, part)
+
+    def _slices(self, recording: Recording, part: Part) -> Iterator[tuple]:
+        """The slices of a recording that are not silent: (recording, number, start, samples that are not padding, ...)."""
+        if recording.audio is None:
+            raise AudioError("has neither a file nor data")
+        rate, size = self.mel.config.sample_rate, self.mel.slice_samples
+        gain = self._gain(recording)
+        pending, start, number = torch.zeros(0), 0, 0
+
+        def cut(waveform: torch.Tensor) -> Iterator[tuple]:
+            nonlocal number
+            for window, offset in zip(self.mel.slices(waveform, self.pad), self.mel.slice_starts(len(waveform), self.pad)):
+                if window.abs().max() < self.silence:
+                    part.skipped += 1
+                else:
+                    yield recording, number, start + offset, min(size, len(waveform) - offset), gain, window
+                number += 1
+
+        for block in read_blocks(recording.audio, rate):
+            part.heard(len(block) / rate)
+            pending = torch.cat([pending, torch.from_numpy(np.ascontiguousarray(block)) * gain])
+            # Whole slices are cut as soon as they are there; one is kept back, since the last one may reach into it.
+            whole = (len(pending) - 1) // size - 1
+            if whole > 0:
+                yield from cut(pending[: whole * size])
+                pending, start = pending[whole * size :], start + whole * size
+        if not self.mel.slice_starts(start + len(pending), self.pad):
+            raise AudioError(
+                f"is shorter than one slice ({len(pending) / rate:.2f} s, a slice is {size / rate:.2f} s; use --pad pad)"
+            )
+        yield from cut(pending)
+
+    def _gain(self, recording: Recording) -> float:
+        """The factor that brings a recording to the wanted loudness, or its peak to just below full scale."""
+        if self.loudness is None:
+            return 1.0
+        rate, peak = self.mel.config.sample_rate, 0.0
+
+        def blocks():
+            nonlocal peak
+            for block in read_blocks(recording.audio, rate):
+                peak = max(peak, float(np.abs(block).max(initial=0.0)))
+                yield block
+
+        loudness = integrated_loudness(blocks(), rate)
+        if math.isinf(loudness):
+            return 1.0
+        return min(10 ** ((self.loudness - loudness) / 20), PEAK_AFTER_GAIN / peak)
+
+    def _batch(self, rows: list[tuple], part: Part) -> pa.Table:
+        recordings, numbers, starts, valid, gains, windows = zip(*rows, strict=True)
+        exact, reference = self.mel.encode(torch.stack(windows), return_reference=True)
+        stored = exact.half()
+        self._count(stored.double(), part)
+        columns: dict = {
+            "mel": _array3d(stored.numpy()),
+            "audio_file": [recording.name for recording in recordings],
+            "slice": numbers,
+            "start_sample": starts,
+            "valid_frames": [-(-samples // self.mel.config.hop_length) for samples in valid],
+            RECORD_COLUMN: [0] * len(rows),
+        }
+        if "gain_db" in self.features:
+            columns["gain_db"] = [20 * math.log10(gain) for gain in gains]
+        if "ref_db" in self.features:
+            columns["ref_db"] = reference.numpy()
+        if "image" in self.features:
+            columns["image"] = [{"bytes": _png(picture), "path": None} for picture in self.mel.to_image(exact)]
+        columns |= {name: [recording.columns[name] for recording in recordings] for name in self.columns}
+        schema = self.features.arrow_schema
+        arrays = [c if isinstance(c := columns[f.name], pa.Array) else pa.array(c, f.type) for f in schema]
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    def _count(self, mels: torch.Tensor, part: Part) -> None:
+        part.add(
+            slices=len(mels), values=mels.numel(), sum=mels.sum().item(), squares=mels.square().sum().item(),
+            norms=mels.flatten(1).norm(dim=1).sum().item(),
+            floor=(mels <= -1).sum().item(), ceiling=(mels >= 1).sum().item(),
+        )  # fmt: skip
+
+    def record(self, sums: dict[str, float]) -> dict:
+        """What a dataset says of itself: the front end, and the statistics of what it is trained on."""
+        mean = sums["sum"] / sums["values"]
+        return {
+            "format": "tonefield-mel",
+            "version": 1,
+            "front_end": self.front_end_settings,
+            "fingerprint": self.mel.fingerprint(),
+            "statistics": {
+                "slices": int(sums["slices"]),
+                "mean": mean,
+                "std": math.sqrt(sums["squares"] / sums["values"] - mean**2),
+                "mean_norm": sums["norms"] / sums["slices"],
+                "floor_fraction": sums["floor"] / sums["values"],
+                "ceiling_fraction": sums["ceiling"] / sums["values"],
+            },
+        }
+
+
+def _array3d(values: np.ndarray) -> pa.Array:
+    """An array of shape (rows, a, b, c) as the column of an `Array3D` feature, without a copy."""
+    array = pa.array(values.reshape(-1))
+    for size in values.shape[:0:-1]:
+        array = pa.ListArray.from_arrays(pa.array(np.arange(0, len(array) + 1, size, dtype=np.int32)), array)
+    return pa.ExtensionArray.from_storage(Array3DExtensionType(values.shape[1:], str(values.dtype)), array)
+
+
+def _png(picture) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,52 @@
+"""Spectrograms that a person would want to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tonefield.models.mel_spectrogram import MelSpectrogram, mel_frequencies
+
+
+def draw_mels(
+    mels: torch.Tensor, front_end: MelSpectrogram, path: str | Path, titles: Sequence[str] = (), columns: int = 4
+) -> None:
+    """Draws mels of shape (count, 1, n_mels, frames) side by side into one PNG, with axes in seconds and hertz."""
+    c = front_end.config
+    count = len(mels)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    seconds = mels.shape[-1] * c.hop_length / c.sample_rate
+    low, high = front_end.value_range
+    values = ((front_end.unstandardize(mels.float().cpu())[:, 0] + 1) * ((high - low) / 2) + low).numpy()
+    if c.method == "bigvgan":
+        values = values * 20 / np.log(10)  # from nepers to decibels
+
+    # A figure of its own, without pyplot: nothing global is touched, so this may run in any thread.
+    width = min(8.0, max(3.2, 1.6 * seconds))
+    figure = Figure(figsize=(0.9 + width * columns, 0.4 + 2.6 * rows), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    corners = mel_frequencies(c.n_mels, c.f_min, c.f_max or c.sample_rate / 2)[1:-1].numpy()
+    ticks = [f for f in (100, 200, 500, 1000, 2000, 5000, 10000, 20000) if corners[0] <= f <= corners[-1]]
+    picture = None
+    for index, axis in enumerate(axes.flat):
+        if index >= count:
+            axis.set_visible(False)
+            continue
+        picture = axis.imshow(
+            values[index], origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, -0.5, c.n_mels - 0.5),
+            vmin=values.min() if c.method == "bigvgan" else low, vmax=values.max(), interpolation="nearest",
+        )  # fmt: skip
+        axis.set_yticks(np.interp(ticks, corners, np.arange(c.n_mels)), [f"{f:g}" for f in ticks])
+        if index % columns == 0:
+            axis.set_ylabel("Hz")
+        if index >= count - columns:
+            axis.set_xlabel("s")
+        if index < len(titles):
+            axis.set_title(titles[index], fontsize=9)
+    figure.colorbar(picture, ax=axes, label="dB", shrink=min(1.0, 1.5 / rows), pad=0.01)
+    figure.savefig(path)

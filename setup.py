@@ -1,0 +1,27 @@
+"""The folders at the repository root become sub-packages of `tonefield`, the scripts beside them its modules.
+
+Metadata and dependencies are in pyproject.toml.
+"""
+
+from setuptools import setup
+from setuptools.command.build_py import build_py as _build_py
+
+
+FOLDERS = ("data", "models")
+SCRIPTS = ("audio_to_images",)
+
+
+class build_py(_build_py):
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        if package == "tonefield":
+            modules += [(package, name, f"{name}.py") for name in SCRIPTS]
+        return modules
+
+
+setup(
+    packages=["tonefield", *(f"tonefield.{name}" for name in FOLDERS)],
+    package_dir={"tonefield": "tonefield", **{f"tonefield.{name}": name for name in FOLDERS}},
+    include_package_data=False,
+    cmdclass={"build_py": build_py},
+)

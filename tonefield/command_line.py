@@ -1,0 +1,69 @@
+"""What every script of the collection does alike: recipes under the flags, and one readable line for a user's error."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the value and the remedy; no traceback is shown."""
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help starts with a script's docstring and that takes a recipe with `--config`."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: values for any of these flags; flags win over it")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses flags, with those of the `--config` recipe in front of them."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("--config")
+    path = recipe.parse_known_args(argv)[0].config
+    return parser.parse_args((_recipe_flags(parser, path) if path else []) + argv)
+
+
+def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"cannot read the recipe {path}: {error.strerror}")
+    except yaml.YAMLError as error:
+        parser.error(f"the recipe {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"the recipe {path} must consist of lines `flag: value`")
+    known = {option for action in parser._actions for option in action.option_strings}
+    flags = []
+    for name, value in recipe.items():
+        flag = f"--{name}"
+        if flag not in known or name in ("config", "help"):
+            parser.error(f"the recipe {path} sets {name!r}, which is no flag of this script")
+        if value is True:
+            flags += [flag]
+        elif value is False:
+            flags += [f"--no-{name}"] if f"--no-{name}" in known else []
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif value is not None:
+            flags += [f"{flag}={value}"]
+    return flags
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> NoReturn:
+    """Runs a script's `main` and leaves: status 0, 1 with one line for a user's error, 130 when interrupted."""
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
