@@ -190,7 +190,9 @@ def preview(args: argparse.Namespace, mel) -> None:
 
     folder = Path(args.output_dir, "previews")
     folder.mkdir()
-    rows = load_split(args.output_dir).with_format("torch")[: args.previews]
+    dataset = load_split(args.output_dir).with_format("torch")
+    count = min(args.previews, len(dataset))
+    rows = dataset[[index * len(dataset) // count for index in range(count)]]
     mels = torch.as_tensor(rows["mel"])
     reference = torch.as_tensor(rows["ref_db"]) if "ref_db" in rows else None
     sounds = mel.decode(mels, generator=torch.Generator().manual_seed(args.seed), reference=reference)

@@ -1,6 +1,6 @@
 """`audio_to_images.py` against the usual serial path: librosa.load, one mel a slice, PNGs in a list, pandas.
 
-    python benchmarks/dataset.py [--digits DIR]     # DIR: many short recordings; made up when not given
+python benchmarks/dataset.py [--digits DIR]     # DIR: many short recordings; made up when not given
 """
 
 import argparse
@@ -48,7 +48,17 @@ def serial(folder: Path, mel: MelSpectrogram, output: Path) -> int:
 
 def ours(folder: Path, preset: str, output: Path) -> None:
     args = audio_to_images.parse_args(
-        ["--input_dir", str(folder), "--output_dir", str(output), "--preset", preset, "--pad", "pad", "--silence_db=-999"]
+        [
+            "--input_dir",
+            str(folder),
+            "--output_dir",
+            str(output),
+            "--preset",
+            preset,
+            "--pad",
+            "pad",
+            "--silence_db=-999",
+        ]
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         audio_to_images.main(args)

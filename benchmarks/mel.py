@@ -1,6 +1,6 @@
 """The mel front end against librosa: 16 clips of five seconds, encoded and decoded by both in the same run.
 
-    python benchmarks/mel.py [--device cuda] [--runs 5]
+python benchmarks/mel.py [--device cuda] [--runs 5]
 """
 
 import argparse
@@ -56,7 +56,13 @@ def main(args: argparse.Namespace) -> None:
     decoded = mel.decode(encoded, n_iter=ITERATIONS, generator=torch.Generator().manual_seed(0))
     theirs = torch.from_numpy(np.stack(librosa_decode())).to(args.device)
     rows = [
-        ("encode", seconds_of(librosa_encode, args.runs), seconds_of(lambda: mel.encode(waveforms), args.runs), "", ""),
+        (
+            "encode",
+            seconds_of(librosa_encode, args.runs),
+            seconds_of(lambda: mel.encode(waveforms), args.runs),
+            "",
+            "",
+        ),
         (
             f"decode, {ITERATIONS} iterations",
             seconds_of(librosa_decode, 1),

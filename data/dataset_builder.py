@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -38,8 +39,8 @@ class Converter(Protocol):
 
     features: Features
 
-    def convert(self, recordings: Iterable[Recording], part: "Part") -> Iterator[pa.Table]:
-        """Yields tables of some rows; tells `part` what it rejects, skips, reads and sums up."""
+    def convert(self, part: "Part") -> Iterator[pa.Table]:
+        """Yields the rows of `part.recordings`; tells `part` what it rejects, skips, reads and sums up."""
         ...
 
 
@@ -198,6 +199,11 @@ class DatasetBuilder:
         with _Progress(total_bytes) as progress, ThreadPoolExecutor(1 if limits else num_proc) as pool:
             running: set[Future] = set()
 
+            def heard(seconds: float) -> None:
+                if stop.is_set():
+                    raise InterruptedError("stopped")
+                progress.heard(seconds)
+
             def collect(futures: Iterable[Future]) -> None:
                 for future in futures:
                     part = future.result()
@@ -210,8 +216,8 @@ class DatasetBuilder:
                 for part in parts:
                     if limits and limits[part.split] <= 0:
                         continue
-                    part.on_seconds = progress.heard
-                    running.add(pool.submit(self._convert, part, converter, stop, limits and limits[part.split]))
+                    part.on_seconds = heard
+                    running.add(pool.submit(self._convert, part, converter, limits and limits[part.split]))
                     # A few parts ahead keep all threads busy, and a stream from being read into memory.
                     while running and (limits or len(running) > 2 * num_proc):
                         finished = wait(running, return_when=FIRST_COMPLETED).done
@@ -222,11 +228,11 @@ class DatasetBuilder:
                 stop.set()
                 for future in running:
                     future.cancel()
+                kept = f"{len(done)} parts are finished and kept in {self.work}: run the same command with --resume"
                 if isinstance(error, OSError):
-                    raise UserError(
-                        f"Cannot write to {self.work}: {error.strerror or error}. {len(done)} parts are finished and kept:"
-                        " mend it and run the same command with --resume."
-                    ) from None
+                    raise UserError(f"Cannot write the dataset: {error.strerror or error}. {kept}.") from None
+                if isinstance(error, KeyboardInterrupt):
+                    print(f"\n{kept}.", file=sys.stderr)
                 raise
         return sorted(done, key=lambda part: part.index)
 
@@ -251,7 +257,7 @@ class DatasetBuilder:
             )
         return Part(**counted, recordings=part.recordings)
 
-    def _convert(self, part: Part, converter: Converter, stop: threading.Event, limit: int | None) -> Part:
+    def _convert(self, part: Part, converter: Converter, limit: int | None) -> Part:
         """Converts one part, in a thread; leaves a complete file and a note of what it counted, or neither."""
         if (finished := self._finished(part)) is not None:
             part.on_seconds(finished.seconds)
@@ -262,15 +268,9 @@ class DatasetBuilder:
         arrow, note = self._paths(part)
         temporary = arrow.with_suffix(".tmp")
 
-        def recordings() -> Iterator[Recording]:
-            for recording in part.recordings:
-                if stop.is_set():
-                    raise InterruptedError("stopped")
-                yield recording
-
         schema = converter.features.arrow_schema
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            for table in converter.convert(recordings(), part):
+            for table in converter.convert(part):
                 table = table.slice(0, None if limit is None else limit - part.rows)
                 stream.write_table(table)
                 part.rows += len(table)

@@ -41,9 +41,7 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
                 dataset = dataset[split]
             return dataset.to_iterable_dataset() if streaming else dataset
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
-        raise UserError(f"The dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    except ValueError as error:  # an unknown split or configuration
+    except (DatasetNotFoundError, OSError, ValueError) as error:  # not there, no network, no such split
         raise UserError(f"The dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -60,19 +60,20 @@ class MelConverter:
         self.columns = list(columns)
         self.features = Features(own | columns)
 
-    def convert(self, recordings: Iterable[Recording], part: Part) -> Iterator[pa.Table]:
+    def convert(self, part: Part) -> Iterator[pa.Table]:
         """Slices are gathered across recordings and computed in batches of [`BATCH_SLICES`]."""
         rows: list[tuple] = []
-        for recording in recordings:
+        for recording in part.recordings:
+            count = 0
             try:
                 for row in self._slices(recording, part):
                     rows.append(row)
+                    count += 1
                     if len(rows) == BATCH_SLICES:
                         yield self._batch(rows, part)
                         rows = []
             except AudioError as error:
-                rows = [row for row in rows if row[0] is not recording]
-                part.reject(recording, str(error))
+                part.reject(recording, f"{error}; the {count} slices before are kept" if count else str(error))
         if rows:
             yield self._batch(rows, part)
 
@@ -128,7 +129,7 @@ class MelConverter:
         recordings, numbers, starts, valid, gains, windows = zip(*rows, strict=True)
         exact, reference = self.mel.encode(torch.stack(windows), return_reference=True)
         stored = exact.half()
-        self._count(stored.double(), part)
+        self._count(stored.float(), part)
         columns: dict = {
             "mel": _array3d(stored.numpy()),
             "audio_file": [recording.name for recording in recordings],
@@ -149,9 +150,10 @@ class MelConverter:
         return pa.Table.from_arrays(arrays, schema=schema)
 
     def _count(self, mels: torch.Tensor, part: Part) -> None:
+        squares = mels.flatten(1).square().sum(1, dtype=torch.float64)
         part.add(
-            slices=len(mels), values=mels.numel(), sum=mels.sum().item(), squares=mels.square().sum().item(),
-            norms=mels.flatten(1).norm(dim=1).sum().item(),
+            slices=len(mels), values=mels.numel(), sum=mels.sum(dtype=torch.float64).item(),
+            squares=squares.sum().item(), norms=squares.sqrt().sum().item(),
             floor=(mels <= -1).sum().item(), ceiling=(mels >= 1).sum().item(),
         )  # fmt: skip
 

@@ -31,22 +31,25 @@ def draw_mels(
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     corners = mel_frequencies(c.n_mels, c.f_min, c.f_max or c.sample_rate / 2)[1:-1].numpy()
-    ticks = [f for f in (100, 200, 500, 1000, 2000, 5000, 10000, 20000) if corners[0] <= f <= corners[-1]]
-    picture = None
-    for index, axis in enumerate(axes.flat):
-        if index >= count:
-            axis.set_visible(False)
-            continue
-        picture = axis.imshow(
+    rounds = [f for f in (20000, 10000, 5000, 2000, 1000, 500, 200, 100) if corners[0] <= f <= corners[-1]]
+    labels: dict[float, str] = {}
+    for frequency in rounds:  # from the top, for the low ones lie too close together to be written out
+        place = float(np.interp(frequency, corners, np.arange(c.n_mels)))
+        if not labels or min(labels) - place > 0.06 * c.n_mels:
+            labels[place] = f"{frequency:g}"
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    for index, axis in enumerate(axes.flat[:count]):
+        axis.imshow(
             values[index], origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, -0.5, c.n_mels - 0.5),
-            vmin=values.min() if c.method == "bigvgan" else low, vmax=values.max(), interpolation="nearest",
+            vmin=values.min(), vmax=values.max(), interpolation="nearest",
         )  # fmt: skip
-        axis.set_yticks(np.interp(ticks, corners, np.arange(c.n_mels)), [f"{f:g}" for f in ticks])
+        axis.set_yticks(list(labels), list(labels.values()))
         if index % columns == 0:
             axis.set_ylabel("Hz")
         if index >= count - columns:
             axis.set_xlabel("s")
         if index < len(titles):
             axis.set_title(titles[index], fontsize=9)
-    figure.colorbar(picture, ax=axes, label="dB", shrink=min(1.0, 1.5 / rows), pad=0.01)
+    figure.colorbar(axes.flat[0].images[0], ax=axes, label="dB", shrink=min(1.0, 1.5 / rows), pad=0.01)
     figure.savefig(path)

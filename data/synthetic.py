@@ -26,7 +26,7 @@ def synthesize(kind: str, seconds: float, sample_rate: int, seed: int = 0) -> np
         harmonics = np.arange(1, 13)
         harmonics = harmonics[harmonics * frequency < 0.45 * sample_rate]
         phases = rng.uniform(0, 2 * np.pi, len(harmonics))
-        return sum(h**-brightness * np.sin(2 * np.pi * h * frequency * time + p) for h, p in zip(harmonics, phases))
+        return sum(h**-brightness * np.sin(2 * np.pi * h * frequency * time + p) for h, p in zip(harmonics, phases, strict=True))
 
     def since(onset: float) -> np.ndarray:
         """Seconds since an onset, and infinitely many before it."""

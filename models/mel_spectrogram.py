@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,13 @@ PRESETS = {
     "fsdd-64": dict(sample_rate=8000, n_fft=512, hop_length=128, n_mels=64, num_frames=64),
 } | {
     name: dict(
-        sample_rate=sample_rate, n_fft=n_fft, hop_length=hop, n_mels=bands, f_max=f_max, num_frames=256, method="bigvgan"
+        sample_rate=sample_rate,
+        n_fft=n_fft,
+        hop_length=hop,
+        n_mels=bands,
+        f_max=f_max,
+        num_frames=256,
+        method="bigvgan",
     )
     for name, sample_rate, n_fft, hop, bands, f_max in [
         ("bigvgan_v2_44khz_128band_512x", 44100, 2048, 512, 128, None),
@@ -41,7 +48,7 @@ BIGVGAN_VALUE_RANGE = (math.log(1e-5), 2.1)
 
 
 def hz_to_mel(hz: torch.Tensor) -> torch.Tensor:
-    """Slaney's mel scale (Auditory Toolbox): linear to 1 kHz at 200/3 Hz a mel, then 27 mels for each factor of 6.4."""
+    """Slaney's mel scale (Auditory Toolbox): 200/3 Hz a mel up to 1 kHz, then 27 mels for each factor of 6.4."""
     return torch.where(hz < 1000, 3 * hz / 200, 15 + 27 / math.log(6.4) * torch.log(hz.clamp(min=1000) / 1000))
 
 
@@ -51,7 +58,7 @@ def mel_to_hz(mel: torch.Tensor) -> torch.Tensor:
 
 
 def mel_frequencies(n_mels: int, f_min: float, f_max: float) -> torch.Tensor:
-    """The `n_mels + 2` corners in Hz of `n_mels` triangular bands; band k rises from corner k, peaks at k+1, ends at k+2."""
+    """The `n_mels + 2` corners in Hz of `n_mels` triangles: band k rises from corner k, peaks at k+1, ends at k+2."""
     low, high = hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64)).tolist()
     return mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))
 
@@ -87,6 +94,21 @@ def istft(spectra: torch.Tensor, window: torch.Tensor, hop: int) -> torch.Tensor
     return signal / envelope.clamp(min=1e-8)
 
 
+def near_diagonal(matrix: torch.Tensor, width: int) -> list[tuple[slice, slice]]:
+    """For each `width` columns of a matrix, the rows that hold all of their non-zeros: a list of (rows, columns)."""
+    blocks = []
+    for start in range(0, matrix.shape[1], width):
+        columns = slice(start, start + width)
+        rows = matrix[:, columns].any(1).nonzero().flatten().tolist() or [0]
+        blocks.append((slice(rows[0], rows[-1] + 1), columns))
+    return blocks
+
+
+def multiply(x: torch.Tensor, matrix: torch.Tensor, blocks: list[tuple[slice, slice]]) -> torch.Tensor:
+    """`x @ matrix` without most of the zeros: a mel band spans few bins, and a bin lies in at most two bands."""
+    return torch.cat([x[..., rows] @ matrix[rows, columns] for rows, columns in blocks], dim=-1)
+
+
 def invert_filterbank(mel: torch.Tensor, filterbank: torch.Tensor, n_iter: int = 20) -> torch.Tensor:
     """A non-negative spectrum whose mel bands are `mel`: (..., n_mels) -> (..., bins).
 
@@ -97,10 +119,12 @@ def invert_filterbank(mel: torch.Tensor, filterbank: torch.Tensor, n_iter: int =
     covered = columns > 0
     weights = torch.where(covered, filterbank / columns.where(covered, torch.ones_like(columns)), 0)
     # The start spreads each band over its bins; it is off by the overlap of the bands, which the updates mend.
-    spectrum = (mel / filterbank.sum(1)) @ weights
+    to_bins, to_bands = near_diagonal(weights, 128), near_diagonal(filterbank.T, 32)
+    spectrum = multiply(mel / filterbank.sum(1), weights, to_bins)
     tiny = torch.finfo(mel.dtype).tiny
     for _ in range(n_iter):
-        spectrum = spectrum * ((mel / (spectrum @ filterbank.T).clamp(min=tiny)) @ weights)
+        bands = multiply(spectrum, filterbank.T, to_bands)
+        spectrum *= multiply(mel / bands.clamp_(min=tiny), weights, to_bins)
     return spectrum
 
 
@@ -129,10 +153,10 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
     It holds no trained weights; it is a model so that a pipeline can save it, load it and move it to a device. All of
     its arithmetic is in float32 whatever the precision of the pipeline.
 
-    What happens to unusual input: channels of (batch, channels, samples) are averaged; silence becomes the floor of the
-    value range (and floor comes back as exact silence); a waveform shorter than one window is read as if silence
-    followed; samples beyond [-1, 1] are kept and saturate at the ceiling of the value range; NaN and infinity are
-    refused.
+    What happens to unusual input: channels of (batch, channels, samples) are averaged; silence becomes the floor of
+    the value range (and the floor comes back as exact silence); a waveform shorter than one window is read as if
+    silence followed; samples beyond [-1, 1] are kept and saturate at the ceiling of the value range; NaN and infinity
+    are refused.
 
     Args:
         sample_rate (`int`, *optional*, defaults to 22050): Samples per second.
@@ -141,9 +165,9 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         n_mels (`int`, *optional*, defaults to 80): Mel bands, the height of the picture.
         num_frames (`int`, *optional*, defaults to 256): Frames of one slice, the width of the picture.
         method (`"image"` or `"bigvgan"`, *optional*, defaults to `"image"`):
-            `"image"`: power in decibels, frames centred on multiples of the hop with zeros around the signal (librosa's
-            `melspectrogram` with `pad_mode="constant"`). `"bigvgan"`: natural logarithm of the magnitude, the signal
-            reflected at its ends, frames between multiples of the hop (the mel of the BigVGAN vocoders).
+            `"image"`: power in decibels, frames centred on multiples of the hop with zeros around the signal
+            (librosa's `melspectrogram` with `pad_mode="constant"`). `"bigvgan"`: natural logarithm of the magnitude,
+            the signal reflected at its ends, frames between multiples of the hop (the mel of BigVGAN vocoders).
         top_db (`float`, *optional*, defaults to 80): For `"image"`: how far the floor lies below the reference.
         f_min (`float`, *optional*, defaults to 0), f_max (`float`, *optional*, half the sample rate when `None`):
             Edges of the bands in Hz.
@@ -156,7 +180,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             Standardisation of what the model sees: `encode` subtracts and divides, `decode` undoes it.
     """
 
-    _keep_in_fp32_modules = ["filterbank"]
+    _keep_in_fp32_modules: ClassVar = ["filterbank"]
 
     @register_to_config
     def __init__(
@@ -187,10 +211,10 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}.")
         if hop_length > n_fft // 2:
-            raise ValueError(f"hop_length {hop_length} must be at most n_fft / 2 = {n_fft // 2}: windows must overlap.")
+            raise ValueError(f"hop_length {hop_length} must be at most n_fft / 2 = {n_fft // 2}: windows overlap.")
         f_max = sample_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < f_max <= sample_rate / 2:
-            raise ValueError(f"0 <= f_min < f_max <= {sample_rate / 2:g} Hz must hold, not f_min={f_min}, f_max={f_max}.")
+            raise ValueError(f"0 <= f_min < f_max <= {sample_rate / 2:g} must hold, not f_min={f_min}, f_max={f_max}.")
         low, high = value_range or (BIGVGAN_VALUE_RANGE if method == "bigvgan" else (-top_db, 0.0))
         if not low < high:
             raise ValueError(f"value_range must rise, not go from {low} to {high}.")
@@ -207,13 +231,14 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
                 f" {sample_rate} Hz and would always be empty: use n_fft={enough}, or fewer bands."
             )
         self.register_buffer("filterbank", filterbank.float())
+        self._blocks = near_diagonal(filterbank.T, 32)
         # A full-scale sine on bin b has power (n_fft/4)^2 there and a quarter of it in each neighbour (Hann window).
         leaking = filterbank + (filterbank.roll(1, 1) + filterbank.roll(-1, 1)) / 4
         self.full_scale_power = (n_fft / 4) ** 2 * leaking.max().item()
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MelSpectrogram":
-        """A front end by name (see `PRESETS`), with any argument overridden: `from_preset("fsdd-64", num_frames=128)`."""
+        """A front end by name (see `PRESETS`), with any argument changed: `from_preset("fsdd-64", num_frames=128)`."""
         if name not in PRESETS:
             raise ValueError(f"There is no mel preset {name!r}; the presets are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -232,7 +257,16 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         The number of frames and the standardisation are left out: they may differ between a dataset and a model.
         """
         c = self.config
-        meaning = [c.sample_rate, c.n_fft, c.hop_length, c.n_mels, c.method, c.f_min, c.f_max or c.sample_rate / 2, c.ref]
+        meaning = [
+            c.sample_rate,
+            c.n_fft,
+            c.hop_length,
+            c.n_mels,
+            c.method,
+            c.f_min,
+            c.f_max or c.sample_rate / 2,
+            c.ref,
+        ]
         meaning = [float(x) if isinstance(x, int) else x for x in [*meaning, *self.value_range]]
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
@@ -268,7 +302,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         return starts
 
     def slices(self, waveform: torch.Tensor, pad: str = "pad") -> torch.Tensor:
-        """Cuts a waveform of shape (samples,) into slices (count, slice_samples), see [`~MelSpectrogram.slice_starts`]."""
+        """Cuts a waveform (samples,) into slices (count, slice_samples), see [`~MelSpectrogram.slice_starts`]."""
         starts = self.slice_starts(waveform.shape[-1], pad)
         if not starts:
             return waveform.new_zeros(0, self.slice_samples)
@@ -297,10 +331,11 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         return stft(waveform, torch.hann_window(c.n_fft, device=waveform.device), c.hop_length)
 
     def _bands(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Mel bands on a linear scale, (batch, frames, bands): of power for `"image"`, of magnitude for `"bigvgan"`."""
+        """Mel bands on a linear scale, (batch, frames, bands): power for `"image"`, magnitude for `"bigvgan"`."""
         spectra = self._spectra(waveform)
         power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
-        return (power if self.config.method == "image" else (power + 1e-9).sqrt()) @ self.filterbank.T
+        spectrum = power if self.config.method == "image" else (power + 1e-9).sqrt()
+        return multiply(spectrum, self.filterbank.T, self._blocks)
 
     def encode(self, waveform: torch.Tensor, return_reference: bool = False):
         """
@@ -310,19 +345,19 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
                 Whether to return also what 0 dB stands for in each waveform, in dB of full scale: `decode` takes it.
 
         Returns:
-            `torch.Tensor` of shape `(batch, 1, n_mels, frames)`, float32, in [-1, 1] before standardisation. The frames
-            of `"image"` are `1 + samples // hop_length`, those of `"bigvgan"` `samples // hop_length`.
+            `torch.Tensor` of shape `(batch, 1, n_mels, frames)`, float32, in [-1, 1] before standardisation. There are
+            `1 + samples // hop_length` frames with `"image"`, `samples // hop_length` with `"bigvgan"`.
         """
         if waveform.ndim == 3:
             waveform = waveform.mean(1)
         if waveform.ndim != 2 or waveform.shape[-1] == 0:
             raise ValueError(f"A waveform has shape (batch, samples), not {tuple(waveform.shape)}.")
         waveform = waveform.to(self.filterbank)
-        if not waveform.isfinite().all():
+        if not waveform.sum().isfinite():  # one pass, and anything that is no number spreads to the sum
             row, sample = (~waveform.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"Sample {sample} of waveform {row} is not a finite number.")
         # A processor computes pieces that fit into its cache faster than a large batch at once.
-        rows = max(1, 2**19 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
+        rows = max(1, 2**17 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
         mel = torch.cat([self._bands(part) for part in waveform.split(max(1, rows))])
         reference = torch.zeros(len(mel), device=mel.device)
         if self.config.method == "bigvgan":
@@ -402,7 +437,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
     # ----- mel to picture: 8 bits, for looking at and for exchange with pipelines that train on pictures
 
     def to_image(self, mel: torch.Tensor) -> list[Image.Image]:
-        """Grey pictures of mels (batch, 1, n_mels, frames): black is the floor, white the ceiling, row 0 the lowest band."""
+        """Grey pictures of mels (batch, 1, n_mels, frames): black is the floor, white the ceiling, row 0 the bass."""
         grey = (self.unstandardize(mel.float()).clamp(-1, 1) + 1) * 127.5
         return [Image.fromarray(picture) for picture in (grey[:, 0] + 0.5).floor().byte().cpu().numpy()]
 

@@ -23,6 +23,8 @@ def digit_files(tmp_path_factory) -> list[Path]:
         formants = rng.uniform([300, 900], [800, 2500])
         harmonics = np.arange(1, 17)[:, None] * pitch
         loudness = sum(np.exp(-(((harmonics - f) / 200) ** 2)) for f in formants) + 0.01
-        voice = (loudness * np.sin(2 * np.pi * np.cumsum(harmonics, 1) / 8000)).sum(0) * np.sin(np.pi * time / time[-1])
+        voice = (loudness * np.sin(2 * np.pi * np.cumsum(harmonics, 1) / 8000)).sum(0) * np.sin(
+            np.pi * time / time[-1]
+        )
         soundfile.write(folder / f"{index}.wav", 0.3 * voice / np.abs(voice).max(), 8000)
     return sorted(folder.glob("*.wav"))

@@ -8,8 +8,8 @@ from ._lazy import attach
 
 __version__ = "0.1.0.dev0"
 
-# An installed wheel holds `models/`, `data/`, ... and the scripts inside this folder. In a source checkout they are its
-# siblings, so look there as well: a fresh clone works without being installed, and an editable install needs no hook.
+# An installed wheel holds `models/`, `data/`, ... and the scripts inside this folder. In a source checkout they are
+# its siblings, so look there as well: a fresh clone works without being installed, an editable install needs no hook.
 _root = _Path(__file__).resolve().parents[1]
 if (_root / "setup.py").is_file() and (_root / "models").is_dir():
     __path__.append(str(_root))

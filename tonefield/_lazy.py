@@ -4,7 +4,7 @@ import importlib
 
 
 def attach(package: str, modules_by_name: dict[str, str]):
-    """The module-level `__getattr__`, `__dir__` and `__all__` of a package that exports `modules_by_name` (PEP 562)."""
+    """`__getattr__`, `__dir__` and `__all__` (PEP 562) of a package that exports `modules_by_name`."""
 
     def __getattr__(name: str):
         if name not in modules_by_name:

@@ -1,4 +1,4 @@
-"""What every script of the collection does alike: recipes under the flags, and one readable line for a user's error."""
+"""What every script does alike: recipes under the flags, and one readable line for a user's error."""
 
 import argparse
 import sys
@@ -16,7 +16,9 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: values for any of these flags; flags win over it")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="a recipe: values for any of these flags; flags win over it"
+    )
     return parser
 
 
@@ -63,6 +65,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         main(args)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a missing permission
+        sys.exit(f"error: {error.filename or 'the operating system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
