@@ -101,13 +101,14 @@ def front_end_from(args):
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.resolution:
         try:
-            width, height = (int(part) for part in (args.resolution.split(",") * 2)[:2])
+            width, *height = map(int, args.resolution.split(","))
+            (height,) = height or (width,)
         except ValueError:
             raise UserError(f"--resolution {args.resolution} is not W,H or one number, such as 256,128.") from None
         changes |= {"num_frames": width, "n_mels": height}
     if preset.startswith("bigvgan"):
         for name, value in changes.items():
-            if name != "num_frames" and PRESETS[preset].get(name) != value:
+            if name != "num_frames" and name not in ("ref",) and PRESETS[preset].get(name) != value:
                 raise UserError(f"{preset} has {name} {PRESETS[preset].get(name)}, which {value} contradicts.")
     try:
         mel = MelSpectrogram.from_preset(preset, **changes)
@@ -143,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     converter = MelConverter(mel, source.features, args.pad, args.silence_db, args.loudness, args.save_images)
 
     held_out = {"validation": args.validation_fraction, "test": args.test_fraction}
-    names = ("input_dir", "dataset_name", "split", "pad", "silence_db", "loudness", "max_examples", "seed", "save_images")
+    names = ("input_dir", "dataset_name", "dataset_config_name", "split", "audio_column", "pad", "silence_db", "loudness", "max_examples", "seed", "save_images")
     settings = {name: getattr(args, name) for name in names} | held_out | {"front_end": converter.front_end_settings}
     builder = DatasetBuilder(args.output_dir, settings, args.resume)
     parts = plan_parts(source, held_out, args.seed)

@@ -1,9 +1,12 @@
 """Reading recordings: any format libsndfile or ffmpeg knows, in blocks, mixed to mono and resampled."""
 
 import io
+import itertools
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +51,16 @@ def read_audio(source: Path | bytes, sample_rate: int) -> np.ndarray:
 
 def _soundfile_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
     try:
+        if isinstance(source, Path):
+            source.open("rb").close()  # says why a file cannot be opened, which libsndfile does not
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
-            resample = None
-            if file.samplerate != sample_rate:
-                resample = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
-            for block in file.blocks(_BLOCK_SAMPLES, dtype="float32", always_2d=True):
-                mono = block.mean(1)
-                yield mono if resample is None else resample.resample_chunk(mono)
-            if resample is not None:
-                yield resample.resample_chunk(np.zeros(0, np.float32), last=True)
+            # Not `file.blocks`: where a file is shorter than its header says, that fills up with what it read before.
+            reads = (file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True) for _ in itertools.count())
+            yield from _mix_and_resample(itertools.takewhile(len, reads), file.samplerate, sample_rate)
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
+        if "does not exist" in reason:  # what libsndfile says of an mp3 without any frame
+            reason = "Format not recognised"
         raise AudioError(f"cannot be read as audio ({reason})") from None
     except OSError as error:
         raise AudioError(f"cannot be opened ({error.strerror or error})") from None
@@ -67,10 +69,31 @@ def _soundfile_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.nda
 def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
     if shutil.which("ffmpeg") is None:
         raise AudioError(f"{path.suffix} files need ffmpeg, which is not installed")
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-vn", "-ac", "1", "-ar", str(sample_rate)]
-    with subprocess.Popen([*command, "-f", "f32le", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while data := process.stdout.read(4 * _BLOCK_SAMPLES):
-            yield np.frombuffer(data, np.float32)
-        reason = process.stderr.read().decode(errors="replace").strip().splitlines()
+    # An AU stream tells rate and channels in its header and needs no length, so it can be read from a pipe.
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-vn", "-c:a", "pcm_f32be", "-f", "au", "-"]
+    with (
+        tempfile.TemporaryFile() as messages,  # not a pipe, which would be full at some point of a long bad recording
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
+    ):
+        header = process.stdout.read(24)
+        if len(header) == 24:
+            offset, _, _, rate, channels = struct.unpack(">4x5I", header)
+            process.stdout.read(offset - 24)
+            frames = iter(lambda: process.stdout.read(4 * channels * _BLOCK_SAMPLES), b"")
+            blocks = (np.frombuffer(data, ">f4").astype(np.float32).reshape(-1, channels) for data in frames)
+            yield from _mix_and_resample(blocks, rate, sample_rate)
+        process.wait()
+        messages.seek(0)
+        reason = messages.read().decode(errors="replace").strip().splitlines()
     if process.returncode != 0:
         raise AudioError(f"cannot be read by ffmpeg ({reason[-1] if reason else process.returncode})")
+
+
+def _mix_and_resample(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
+    """Blocks of shape (samples, channels) at `rate` to mono at `sample_rate`."""
+    resample = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
+    for block in blocks:
+        mono = block.mean(1)
+        yield mono if resample is None else resample.resample_chunk(mono)
+    if resample is not None:
+        yield resample.resample_chunk(np.zeros(0, np.float32), last=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 from datasets import Audio, ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets.features.features import generate_from_arrow_type
 
 from tonefield.command_line import UserError
 from tonefield.data.audio_files import FFMPEG_EXTENSIONS, SOUNDFILE_EXTENSIONS
@@ -56,7 +57,7 @@ class AudioFolder:
                     rows.setdefault(name, {})["label"] = classes.str2int(label)
         nothing = dict.fromkeys(self.features)
         self._recordings = [
-            Recording(name, path, path.stat().st_size, nothing | rows.get(name, {})) for name, path in paths.items()
+            Recording(name, path, _size(path), nothing | rows.get(name, {})) for name, path in paths.items()
         ]
 
     def __len__(self) -> int:
@@ -67,12 +68,18 @@ class AudioFolder:
 
     def _walk(self) -> tuple[dict[str, Path], list[Path]]:
         paths, metadata = {}, []
-        for parent, folders, files in os.walk(self.folder):
+
+        def unreadable(error: OSError) -> None:
+            self.rejects.append((Path(error.filename).relative_to(self.folder).as_posix(), f"{error.strerror}"))
+
+        for parent, folders, files in os.walk(self.folder, onerror=unreadable):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in sorted(name for name in files if not name.startswith(".")):
                 path = Path(parent, file)
                 name = path.relative_to(self.folder).as_posix()
-                if path.suffix.lower() in SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS:
+                if (readable := name.encode(errors="replace").decode()) != name:
+                    self.rejects.append((readable, "has a name that is not UTF-8: rename it"))
+                elif path.suffix.lower() in SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS:
                     paths[name] = path
                 elif file in METADATA_FILES:
                     metadata.append(path)
@@ -87,7 +94,10 @@ class AudioFolder:
         unknown = []
         for file in files:
             try:
-                table = pa.csv.read_csv(file) if file.suffix == ".csv" else pa.json.read_json(file)
+                if file.suffix == ".csv":
+                    table = pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
+                else:
+                    table = pa.json.read_json(file)
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
             if "file_name" not in table.column_names:
@@ -100,17 +110,23 @@ class AudioFolder:
                 else:
                     unknown.append(name)
             for column in table.drop_columns("file_name").schema:
-                if types.setdefault(column.name, column.type) != column.type:
-                    raise UserError(f"{file}: column {column.name!r} is {column.type}, elsewhere {types[column.name]}.")
+                kind = types.setdefault(column.name, column.type)
+                if pa.types.is_null(kind):
+                    types[column.name] = column.type
+                elif kind != column.type and not pa.types.is_null(column.type):
+                    raise UserError(f"{file}: column {column.name!r} is {column.type}, elsewhere {kind}: make them alike.")
         if unknown:
             self.warnings.append(f"{len(unknown)} rows of metadata name no file, the first one {unknown[0]}")
         if files and len(rows) < len(names):
             first = min(names - rows.keys())
             self.warnings.append(f"{len(names) - len(rows)} files have no row of metadata, the first one {first}")
-        features = Features({name: _feature(kind) for name, kind in types.items()})
+        strings = pa.string()  # of columns without any value
+        features = Features({
+            name: generate_from_arrow_type(strings if pa.types.is_null(kind) else kind) for name, kind in types.items()
+        })
         if "label" in types:
             labels = {row["label"] for row in rows.values()} - {None}
-            classes = ClassLabel(names=sorted(map(str, labels)))
+            classes = ClassLabel(names=[str(label) for label in sorted(labels)])
             features["label"] = classes
             for row in rows.values():
                 row["label"] = None if row["label"] is None else classes.str2int(str(row["label"]))
@@ -140,5 +156,8 @@ class AudioColumn:
             yield Recording(Path(path or f"{index:08d}").name, source, len(data or b""), row)
 
 
-def _feature(kind: pa.DataType) -> Value:
-    return Value("string") if pa.types.is_null(kind) else Value(str(kind).replace("double", "float64"))
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere, say: reading it will tell
+        return 0

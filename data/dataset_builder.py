@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,13 +40,16 @@ class Converter(Protocol):
     features: Features
 
     def convert(self, part: "Part") -> Iterator[pa.Table]:
-        """Yields the rows of `part.recordings`; tells `part` what it rejects, skips, reads and sums up."""
+        """Yields the rows of `part.recordings`, up to `part.limit`; tells `part` what it rejects, skips, reads, sums up.
+
+        `part.rows` counts what was yielded before.
+        """
         ...
 
 
 @dataclass
 class Part:
-    """A share of the recordings, and what came of it."""
+    """A share of the recordings, and what came of it; no more than `limit` rows are wanted."""
 
     index: int
     split: str
@@ -56,7 +59,11 @@ class Part:
     skipped: int = 0
     rejects: list[tuple[str, str]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
+    limit: int | None = None
     on_seconds: Callable[[float], None] = field(default=lambda seconds: None, repr=False)
+
+    def wanted(self, at_most: int) -> int:
+        return at_most if self.limit is None else min(at_most, self.limit - self.rows)
 
     def heard(self, seconds: float) -> None:
         self.seconds += seconds
@@ -111,6 +118,7 @@ def plan_parts(source: AudioFolder | AudioColumn, held_out: dict[str, float], se
         part_bytes = int(np.clip(sum(recording.size for recording in recordings) // 64, *PART_BYTES))
         for split, fraction in held_out.items():
             count = max(1, round(fraction * len(source))) if fraction > 0 else 0
+            count = min(count, len(recordings) - 1)  # one at least is left to train on
             yield from parts(split, recordings[:count], part_bytes)
             recordings = recordings[count:]
         yield from parts("train", recordings, part_bytes)
@@ -145,7 +153,7 @@ class DatasetBuilder:
     """
 
     def __init__(self, output_dir: str | Path, settings: dict, resume: bool = False):
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).resolve()
         self.work = self.output_dir.with_name(self.output_dir.name + ".partial")
         self.settings = json.loads(json.dumps(settings))
         if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
@@ -207,6 +215,8 @@ class DatasetBuilder:
             def collect(futures: Iterable[Future]) -> None:
                 for future in futures:
                     part = future.result()
+                    # The sound itself, if the recordings came with it, has been used.
+                    part.recordings = [replace(recording, audio=None) for recording in part.recordings]
                     done.append(part)
                     progress.completed(part)
                     if limits:
@@ -216,8 +226,8 @@ class DatasetBuilder:
                 for part in parts:
                     if limits and limits[part.split] <= 0:
                         continue
-                    part.on_seconds = heard
-                    running.add(pool.submit(self._convert, part, converter, limits and limits[part.split]))
+                    part.on_seconds, part.limit = heard, limits and limits[part.split]
+                    running.add(pool.submit(self._convert, part, converter))
                     # A few parts ahead keep all threads busy, and a stream from being read into memory.
                     while running and (limits or len(running) > 2 * num_proc):
                         finished = wait(running, return_when=FIRST_COMPLETED).done
@@ -257,7 +267,7 @@ class DatasetBuilder:
             )
         return Part(**counted, recordings=part.recordings)
 
-    def _convert(self, part: Part, converter: Converter, limit: int | None) -> Part:
+    def _convert(self, part: Part, converter: Converter) -> Part:
         """Converts one part, in a thread; leaves a complete file and a note of what it counted, or neither."""
         if (finished := self._finished(part)) is not None:
             part.on_seconds(finished.seconds)
@@ -271,13 +281,12 @@ class DatasetBuilder:
         schema = converter.features.arrow_schema
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for table in converter.convert(part):
-                table = table.slice(0, None if limit is None else limit - part.rows)
                 stream.write_table(table)
                 part.rows += len(table)
-                if part.rows == limit:
+                if part.rows == part.limit:
                     break
         os.replace(temporary, arrow)
-        counted = {name: value for name, value in vars(part).items() if name not in ("recordings", "on_seconds")}
+        counted = {name: value for name, value in vars(part).items() if name not in ("recordings", "limit", "on_seconds")}
         self._write(note, json.dumps(counted | {"recordings": self._digest(part)}))
         return part
 
@@ -306,14 +315,15 @@ class DatasetBuilder:
         for split in splits:
             folder = dataset / split
             folder.mkdir(parents=True)
-            arrows = [self._paths(part)[0] for part in parts if part.split == split and part.rows]
+            filled = [part for part in parts if part.split == split and part.rows]
+            arrows, digests = [self._paths(part)[0] for part in filled], [self._digest(part) for part in filled]
             names = [f"data-{i:05d}-of-{len(arrows):05d}.arrow" for i in range(len(arrows))]
             for arrow, name in zip(arrows, names, strict=True):
                 _link(arrow, folder / name)  # not moved: a stop in here loses nothing
             DatasetInfo(features=features).write_to_directory(folder)
             state = {
                 "_data_files": [{"filename": name} for name in names],
-                "_fingerprint": hashlib.sha256(json.dumps([self.settings, names]).encode()).hexdigest()[:16],
+                "_fingerprint": hashlib.sha256(json.dumps([self.settings, split, digests]).encode()).hexdigest()[:16],
                 "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
                 "_split": split,
             }  # fmt: skip

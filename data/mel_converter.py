@@ -69,7 +69,7 @@ class MelConverter:
                 for row in self._slices(recording, part):
                     rows.append(row)
                     count += 1
-                    if len(rows) == BATCH_SLICES:
+                    if len(rows) == part.wanted(BATCH_SLICES):
                         yield self._batch(rows, part)
                         rows = []
             except AudioError as error:
@@ -168,7 +168,7 @@ class MelConverter:
             "statistics": {
                 "slices": int(sums["slices"]),
                 "mean": mean,
-                "std": math.sqrt(sums["squares"] / sums["values"] - mean**2),
+                "std": math.sqrt(max(0.0, sums["squares"] / sums["values"] - mean**2)),
                 "mean_norm": sums["norms"] / sums["slices"],
                 "floor_fraction": sums["floor"] / sums["values"],
                 "ceiling_fraction": sums["ceiling"] / sums["values"],
