@@ -10,10 +10,11 @@ dataset are stored within it, so no later script asks for them. Files that canno
 """
 
 import argparse
+import math
 import os
 import sys
 
-from tonefield.command_line import UserError, make_parser, parse, run
+from tonefield.command_line import UserError, first_line, make_parser, parse, run
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -76,10 +77,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     if (args.input_dir is None) == (args.dataset_name is None):
         parser.error("give --input_dir or --dataset_name, one of them")
-    if args.num_proc < 1 or args.previews < 0 or (args.max_examples is not None and args.max_examples < 1):
-        parser.error("--num_proc and --max_examples start at 1, --previews at 0")
-    if min(args.validation_fraction, args.test_fraction) < 0 or args.validation_fraction + args.test_fraction >= 1:
-        parser.error("--validation_fraction and --test_fraction are not negative and leave something to train on")
+    for name, least in ("num_proc", 1), ("max_examples", 1), ("previews", 0):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is at least {least}, not {value}")
+    if args.duration is not None and not 0 < args.duration < math.inf:
+        parser.error(f"--duration is a number of seconds above 0, not {args.duration:g}")
+    fractions = args.validation_fraction, args.test_fraction
+    if not (min(fractions) >= 0 and sum(fractions) < 1):
+        parser.error(
+            "--validation_fraction {:g} and --test_fraction {:g} must leave something to train on".format(*fractions)
+        )
     return args
 
 
@@ -101,15 +109,16 @@ def front_end_from(args):
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.resolution:
         try:
-            width, *height = map(int, args.resolution.split(","))
-            (height,) = height or (width,)
+            sizes = [int(size) for size in args.resolution.split(",")]
+            width, height = sizes * 2 if len(sizes) == 1 else sizes
         except ValueError:
             raise UserError(f"--resolution {args.resolution} is not W,H or one number, such as 256,128.") from None
         changes |= {"num_frames": width, "n_mels": height}
     if preset.startswith("bigvgan"):
+        config = MelSpectrogram.from_preset(preset).config
         for name, value in changes.items():
-            if name != "num_frames" and name not in ("ref",) and PRESETS[preset].get(name) != value:
-                raise UserError(f"{preset} has {name} {PRESETS[preset].get(name)}, which {value} contradicts.")
+            if name != "num_frames" and config[name] != value:
+                raise UserError(f"{preset} has {name} {config[name]}, which {value} contradicts: leave it out.")
     try:
         mel = MelSpectrogram.from_preset(preset, **changes)
         if args.duration is not None:
@@ -173,10 +182,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(result.rejects)} files were rejected, see rejects.jsonl; the first: {name} {reason}.")
     if args.previews:
         preview(args, mel)
-    if args.push_to_hub:
-        push(args)
     if args.strict and result.rejects:
         raise UserError(f"--strict: {len(result.rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
+    if args.push_to_hub:
+        push(args)
 
 
 def preview(args: argparse.Namespace, mel) -> None:
@@ -215,7 +224,7 @@ def push(args: argparse.Namespace) -> None:
     except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(
             f"The dataset is complete in {args.output_dir}, but could not be pushed to {args.push_to_hub}:"
-            f" {str(error).splitlines()[0]}"
+            f" {first_line(error)}"
         ) from None
     print(f"pushed to {args.push_to_hub}")
 

@@ -51,17 +51,23 @@ def read_audio(source: Path | bytes, sample_rate: int) -> np.ndarray:
 
 def _soundfile_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
     try:
-        if isinstance(source, Path):
-            source.open("rb").close()  # says why a file cannot be opened, which libsndfile does not
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             # Not `file.blocks`: where a file is shorter than its header says, that fills up with what it read before.
             reads = (file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True) for _ in itertools.count())
             yield from _mix_and_resample(itertools.takewhile(len, reads), file.samplerate, sample_rate)
     except soundfile.SoundFileError as error:
+        if isinstance(source, Path):
+            _check_readable(source)
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         if "does not exist" in reason:  # what libsndfile says of an mp3 without any frame
             reason = "Format not recognised"
         raise AudioError(f"cannot be read as audio ({reason})") from None
+
+
+def _check_readable(path: Path) -> None:
+    """Says why a file cannot be opened, which libsndfile does not."""
+    try:
+        path.open("rb").close()
     except OSError as error:
         raise AudioError(f"cannot be opened ({error.strerror or error})") from None
 
@@ -93,7 +99,7 @@ def _mix_and_resample(blocks: Iterable[np.ndarray], rate: int, sample_rate: int)
     """Blocks of shape (samples, channels) at `rate` to mono at `sample_rate`."""
     resample = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
     for block in blocks:
-        mono = block.mean(1)
+        mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
         yield mono if resample is None else resample.resample_chunk(mono)
     if resample is not None:
         yield resample.resample_chunk(np.zeros(0, np.float32), last=True)

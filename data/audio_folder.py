@@ -14,6 +14,7 @@ from datasets.features.features import generate_from_arrow_type
 
 from tonefield.command_line import UserError
 from tonefield.data.audio_files import FFMPEG_EXTENSIONS, SOUNDFILE_EXTENSIONS
+from tonefield.data.loading import LOOSE_FILES
 
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -140,6 +141,9 @@ class AudioColumn:
         features = dataset.features
         if features is None or column not in features:
             raise UserError(f"The dataset has no column {column!r}; its columns are {', '.join(features or ())}.")
+        kind = features[column]
+        if not isinstance(kind, (Audio, dict)) and getattr(kind, "dtype", None) not in ("string", "binary"):
+            raise UserError(f"Column {column!r} holds no audio but {kind}: name another one with --audio_column.")
         others = {name: kind for name, kind in features.items() if name != column}
         self.features = Features({name: kind for name, kind in others.items() if isinstance(kind, (Value, ClassLabel))})
         self.rejects: list[tuple[str, str]] = []
@@ -149,11 +153,17 @@ class AudioColumn:
         self._dataset = dataset.select_columns([column, *self.features]).cast_column(column, Audio(decode=False))
 
     def __iter__(self) -> Iterator[Recording]:
-        for index, row in enumerate(self._dataset):
+        for index, row in enumerate(self._rows()):
             audio = row.pop(self._column) or {}
             data, path = audio.get("bytes"), audio.get("path")
             source = data or (Path(path) if path else None)
             yield Recording(Path(path or f"{index:08d}").name, source, len(data or b""), row)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._dataset
+        except ImportError:
+            raise UserError(f"The dataset cannot be streamed: {LOOSE_FILES}") from None
 
 
 def _size(path: Path) -> int:

@@ -240,7 +240,7 @@ class DatasetBuilder:
                     future.cancel()
                 kept = f"{len(done)} parts are finished and kept in {self.work}: run the same command with --resume"
                 if isinstance(error, OSError):
-                    raise UserError(f"Cannot write the dataset: {error.strerror or error}. {kept}.") from None
+                    raise UserError(f"The run was stopped: {error.strerror or error}. {kept}.") from None
                 if isinstance(error, KeyboardInterrupt):
                     print(f"\n{kept}.", file=sys.stderr)
                 raise

@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 
 
 # A dataset's features are the one thing that `save_to_disk`, `push_to_hub`, streaming and every transformation of a
 # dataset keep. So the record is the name of the only class of a column of classes: eight bytes a row.
 RECORD_COLUMN = "front_end"
+
+LOOSE_FILES = (
+    "it consists of loose audio files, for which the datasets library wants torchcodec. Download them (hf download"
+    " --repo-type dataset NAME --local-dir DIR) and give --input_dir DIR instead of --dataset_name."
+)
 
 
 def record_feature(record: dict) -> ClassLabel:
@@ -41,7 +46,10 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
                 dataset = dataset[split]
             return dataset.to_iterable_dataset() if streaming else dataset
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetNotFoundError, OSError, ValueError) as error:  # not there, no network, no such split
-        raise UserError(f"The dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (DatasetsError, OSError, ValueError) as error:  # not there, no network, no such split
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if isinstance(reason, ImportError):
+            reason = LOOSE_FILES
+        raise UserError(f"The dataset {name} cannot be loaded: {first_line(reason)}") from None
     assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset

@@ -40,6 +40,7 @@ class MelConverter:
     ):  # fmt: skip
         c = mel.config
         self.mel, self.pad, self.silence, self.loudness = mel, pad, 10 ** (silence_db / 20), loudness
+        self.sample_rate, self.slice_samples = c.sample_rate, mel.slice_samples
         self.front_end_settings = {name: value for name, value in c.items() if not name.startswith("_")}
         own: dict = {
             "mel": Array3D((1, c.n_mels, c.num_frames), "float16"),
@@ -78,31 +79,32 @@ class MelConverter:
             yield self._batch(rows, part)
 
     def _slices(self, recording: Recording, part: Part) -> Iterator[tuple]:
-        """The slices of a recording that are not silent: (recording, number, start, samples that are not padding, ...)."""
+        """The slices of a recording that are not silent: (recording, number, start, gain, samples without padding)."""
         if recording.audio is None:
             raise AudioError("has neither a file nor data")
-        rate, size = self.mel.config.sample_rate, self.mel.slice_samples
-        gain = self._gain(recording)
-        pending, start, number = torch.zeros(0), 0, 0
+        rate, size, gain = self.sample_rate, self.slice_samples, self._gain(recording)
+        pending, start, number = np.zeros(0, np.float32), 0, 0
 
-        def cut(waveform: torch.Tensor) -> Iterator[tuple]:
+        def cut(waveform: np.ndarray) -> Iterator[tuple]:
             nonlocal number
-            for window, offset in zip(self.mel.slices(waveform, self.pad), self.mel.slice_starts(len(waveform), self.pad)):
-                if window.abs().max() < self.silence:
+            for offset in self.mel.slice_starts(len(waveform), self.pad):
+                window = waveform[offset : offset + size]
+                if np.abs(window).max() < self.silence:
                     part.skipped += 1
                 else:
-                    yield recording, number, start + offset, min(size, len(waveform) - offset), gain, window
+                    yield recording, number, start + offset, gain, window
                 number += 1
 
         for block in read_blocks(recording.audio, rate):
             part.heard(len(block) / rate)
-            pending = torch.cat([pending, torch.from_numpy(np.ascontiguousarray(block)) * gain])
+            block = block if gain == 1 else block * np.float32(gain)
+            pending = np.concatenate([pending, block]) if len(pending) else block
             # Whole slices are cut as soon as they are there; one is kept back, since the last one may reach into it.
             whole = (len(pending) - 1) // size - 1
             if whole > 0:
                 yield from cut(pending[: whole * size])
                 pending, start = pending[whole * size :], start + whole * size
-        if not self.mel.slice_starts(start + len(pending), self.pad):
+        if start == 0 and self.pad == "drop" and len(pending) < size:
             raise AudioError(
                 f"is shorter than one slice ({len(pending) / rate:.2f} s, a slice is {size / rate:.2f} s; use --pad pad)"
             )
@@ -112,7 +114,7 @@ class MelConverter:
         """The factor that brings a recording to the wanted loudness, or its peak to just below full scale."""
         if self.loudness is None:
             return 1.0
-        rate, peak = self.mel.config.sample_rate, 0.0
+        rate, peak = self.sample_rate, 0.0
 
         def blocks():
             nonlocal peak
@@ -126,8 +128,11 @@ class MelConverter:
         return min(10 ** ((self.loudness - loudness) / 20), PEAK_AFTER_GAIN / peak)
 
     def _batch(self, rows: list[tuple], part: Part) -> pa.Table:
-        recordings, numbers, starts, valid, gains, windows = zip(*rows, strict=True)
-        exact, reference = self.mel.encode(torch.stack(windows), return_reference=True)
+        recordings, numbers, starts, gains, windows = zip(*rows, strict=True)
+        padded = np.zeros((len(rows), self.slice_samples), np.float32)
+        for row, window in zip(padded, windows, strict=True):
+            row[: len(window)] = window
+        exact, reference = self.mel.encode(torch.from_numpy(padded), return_reference=True)
         stored = exact.half()
         self._count(stored.float(), part)
         columns: dict = {
@@ -135,7 +140,7 @@ class MelConverter:
             "audio_file": [recording.name for recording in recordings],
             "slice": numbers,
             "start_sample": starts,
-            "valid_frames": [-(-samples // self.mel.config.hop_length) for samples in valid],
+            "valid_frames": [-(-len(window) // self.mel.config.hop_length) for window in windows],
             RECORD_COLUMN: [0] * len(rows),
         }
         if "gain_db" in self.features:

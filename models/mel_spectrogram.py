@@ -359,22 +359,28 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         # A processor computes pieces that fit into its cache faster than a large batch at once.
         rows = max(1, 2**17 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
         mel = torch.cat([self._bands(part) for part in waveform.split(max(1, rows))])
+        low, high = self.value_range
         reference = torch.zeros(len(mel), device=mel.device)
         if self.config.method == "bigvgan":
-            mel = mel.clamp(min=math.exp(self.value_range[0])).log()
+            mel, unit = mel.clamp(min=math.exp(low)).log(), 1.0
         else:
-            mel = 10 * torch.log10(mel.clamp(min=1e-10)) - 10 * math.log10(self.full_scale_power)
+            mel, unit = mel.clamp(min=1e-10).log10(), 10.0
+            full_scale = math.log10(self.full_scale_power)
             if self.config.ref == "slice":
-                reference = mel.amax((1, 2))
-                mel = mel - reference[:, None, None]
-        low, high = self.value_range
-        mel = (mel.clamp(low, high) - low) * (2 / (high - low)) - 1
+                loudest = mel.amax((1, 2), keepdim=True)
+                mel, reference = mel - loudest, 10 * (loudest[:, 0, 0] - full_scale)
+            else:
+                low, high = low + 10 * full_scale, high + 10 * full_scale
+        # From [low, high] to [-1, 1], with as few passes over the memory as can be.
+        scale = 2 / (high - low)
+        mel = (mel * (unit * scale) - (low * scale + 1)).clamp(-1, 1)
         mel = self.standardize(mel).transpose(1, 2)[:, None]
         return (mel, reference) if return_reference else mel
 
     def standardize(self, mel: torch.Tensor) -> torch.Tensor:
         """From [-1, 1], as datasets store mels, to what the model sees."""
-        return (mel - self.config.mean) / self.config.std
+        mean, std = self.config.mean, self.config.std
+        return mel if (mean, std) == (0, 1) else (mel - mean) / std
 
     def unstandardize(self, mel: torch.Tensor) -> torch.Tensor:
         """From what the model sees to [-1, 1]."""

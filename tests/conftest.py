@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import soundfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(str(Path(__file__).parent))  # for what stands beside the tests
 
 
 @pytest.fixture(scope="session")

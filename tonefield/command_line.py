@@ -11,9 +11,19 @@ class UserError(Exception):
     """Something the user can mend. The message names the value and the remedy; no traceback is shown."""
 
 
+def first_line(error: object) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists all flags)\n")  # one line, without pages of usage above it
+
+
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help starts with a script's docstring and that takes a recipe with `--config`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
@@ -25,7 +35,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses flags, with those of the `--config` recipe in front of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe = _Parser(add_help=False, allow_abbrev=False)
     recipe.add_argument("--config")
     path = recipe.parse_known_args(argv)[0].config
     return parser.parse_args((_recipe_flags(parser, path) if path else []) + argv)
@@ -38,6 +48,8 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"cannot read the recipe {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        parser.error(f"the recipe {path} is not UTF-8 text")
     except yaml.YAMLError as error:
         parser.error(f"the recipe {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
