@@ -4,19 +4,12 @@ from typing import TYPE_CHECKING
 
 from tonefield._lazy import attach
 
+# Not lazy: importing a submodule sets its name on the package, where the module would hide the function of that name.
+from .poisson_field import empirical_denoiser, pfgm_hyperparameters, poisson_field
+
 
 if TYPE_CHECKING:
-    from .poisson_field import empirical_denoiser as empirical_denoiser
-    from .poisson_field import pfgm_hyperparameters as pfgm_hyperparameters
-    from .poisson_field import poisson_field as poisson_field
     from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
 
-__getattr__, __dir__, __all__ = attach(
-    __name__,
-    {
-        "PoissonFlowScheduler": "scheduling_poisson_flow",
-        "empirical_denoiser": "poisson_field",
-        "pfgm_hyperparameters": "poisson_field",
-        "poisson_field": "poisson_field",
-    },
-)
+__getattr__, __dir__, _lazy_names = attach(__name__, {"PoissonFlowScheduler": "scheduling_poisson_flow"})
+__all__ = ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field", *_lazy_names]

@@ -70,13 +70,13 @@ def student_t_noise(
 
     The Gaussian part is the very tensor that `randn_tensor` draws, so the limit D -> infinity reproduces diffusers.
     """
+    generators = generator if isinstance(generator, list) else [generator]
+    if len(generators) not in (1, shape[0]):
+        raise ValueError(f"{len(generators)} generators for {shape[0]} samples: pass one, or one per sample.")
     dtype = dtype or torch.float32
     gaussian = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
     if aug_dim is None:
         return gaussian
-    generators = generator if isinstance(generator, list) else [generator]
-    if len(generators) not in (1, shape[0]):
-        raise ValueError(f"{len(generators)} generators for {shape[0]} samples: pass one, or one per sample.")
     rows = shape[0] // len(generators)
     scales = []
     for source in generators:
@@ -153,7 +153,7 @@ def field_denoised(
 
     Both parts share their factor, so that Dn = x - r f_x / f_r. Close to the data f_r is small and badly learnt. PFGM
     therefore computes it from n = |f_x| / sqrt(N) when r < `substitute_below`: n = |E_x| / (|E_x| + gamma) gives
-    |E_x| = gamma n / (1 - n), up to a relative error of order (r / |E_x|)^2, |E|^2 = |E_x|^2 + r^2, and f_r from |E|.
+    |E_x| = gamma n / (1 - n), up to a relative error of r^2 / (2 gamma |E_x|), hence |E|^2 = |E_x|^2 + r^2 and f_r.
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, channels, ...)`): x.
@@ -259,7 +259,7 @@ def integrate_adaptively(
         active = remaining > 0
         if not active.any():
             return state
-        if (active & (length < smallest)).any():
+        if (active & ~(length >= smallest)).any():  # also when it is NaN
             raise RuntimeError(f"the ODE step fell below {smallest:.1e}: the denoiser is not finite or not smooth.")
         length = torch.minimum(length, remaining)
         step = direction * length
