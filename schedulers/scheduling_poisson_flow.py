@@ -280,6 +280,31 @@ def integrate_adaptively(
         rejected = ~accepted
 
 
+def divergence_probes(rows: torch.Tensor, kind: str, generator: Generators) -> list[torch.Tensor]:
+    """
+    Vectors v such that sum_v v^T J v is the trace of J: the unit vectors ("exact"), or one random vector of signs, for
+    which it is the trace on average ("hutchinson", https://huggingface.co/papers/2011.13456, equation 40).
+    """
+    if kind == "exact":
+        return [unit.expand_as(rows) for unit in torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)]
+    return [randn_tensor(rows.shape, generator, rows.device, torch.float32).to(rows.dtype).sign()]
+
+
+def with_divergence(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], probes: list[torch.Tensor]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Slope of the state (x, integral of div velocity): along dx/du = velocity, d ln p / du = -div velocity."""
+
+    def slope(u: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = state[:, :-1].detach().requires_grad_()
+            dx = velocity(u, x)
+            products = [torch.autograd.grad(dx, x, v, retain_graph=True)[0].mul(v).sum(dim=1) for v in probes]
+        return torch.cat([dx, sum(products)[:, None]], dim=1).detach()
+
+    return slope
+
+
 @dataclass
 class PoissonFlowSchedulerOutput(BaseOutput):
     """
@@ -651,36 +676,18 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         if divergence not in ("hutchinson", "exact"):
             raise ValueError(f"`divergence` is {divergence!r}: it must be hutchinson or exact.")
         rows, shape = accurate(sample).flatten(1), sample.shape
-        dim = rows.shape[1]
 
-        def denoise_rows(x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        def velocity(log_sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             denoised = denoise(x.reshape(shape).to(sample.dtype), log_sigma.exp().to(sample.dtype))
-            return denoised.to(x.dtype).flatten(1)
+            return x - denoised.to(x.dtype).flatten(1)
 
+        span = math.log(sigma_start), math.log(end)
         if not log_likelihood:
-            rows = integrate_adaptively(
-                lambda u, x: x - denoise_rows(x, u), rows, math.log(sigma_start), math.log(end), rtol, atol
-            )
-            x = rows.reshape(shape).to(sample.dtype)
+            x = integrate_adaptively(velocity, rows, *span, rtol, atol).reshape(shape).to(sample.dtype)
             return x if sigma_end else denoise(x, x.new_full((shape[0],), end))
-
-        probes = [column.expand_as(rows) for column in torch.eye(dim, dtype=rows.dtype, device=rows.device)]
-        if divergence == "hutchinson":
-            probes = [randn_tensor(shape, generator, sample.device, torch.float32).to(rows).flatten(1).sign()]
-
-        def slope_and_divergence(u: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            # In ln(sigma): dx/du = x - Dn and d(ln p)/du = -(N - trace of dDn/dx).
-            with torch.enable_grad():
-                x = state[:, :-1].detach().requires_grad_()
-                denoised = denoise_rows(x, u)
-                products = [torch.autograd.grad(denoised, x, v, retain_graph=True)[0].mul(v).sum(1) for v in probes]
-            return torch.cat([x - denoised, dim - sum(products)[:, None]], dim=1).detach()
-
-        state = torch.cat([rows, rows.new_zeros(shape[0], 1)], dim=1)
-        state = integrate_adaptively(
-            slope_and_divergence, state, math.log(sigma_start), math.log(sigma_end), rtol, atol
-        )
-        noisiest = state[:, :-1] if sigma_end > sigma_start else rows
-        prior = student_t_log_density(noisiest, max(sigma_start, sigma_end), self.config.aug_dim)
-        growth = state[:, -1] if sigma_end > sigma_start else -state[:, -1]
-        return state[:, :-1].reshape(shape).to(sample.dtype), prior + growth
+        slope = with_divergence(velocity, divergence_probes(rows, divergence, generator))
+        state = integrate_adaptively(slope, torch.cat([rows, rows.new_zeros(shape[0], 1)], 1), *span, rtol, atol)
+        arrived, growth = state[:, :-1], state[:, -1]
+        upwards = sigma_end > sigma_start
+        prior = student_t_log_density(arrived if upwards else rows, max(sigma_start, sigma_end), self.config.aug_dim)
+        return arrived.reshape(shape).to(sample.dtype), prior + growth if upwards else prior - growth
