@@ -10,6 +10,10 @@ from .poisson_field import empirical_denoiser, pfgm_hyperparameters, poisson_fie
 
 if TYPE_CHECKING:
     from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
+    from .scheduling_score_sde import ScoreSDEScheduler as ScoreSDEScheduler
 
-__getattr__, __dir__, _lazy_names = attach(__name__, {"PoissonFlowScheduler": "scheduling_poisson_flow"})
+__getattr__, __dir__, _lazy_names = attach(
+    __name__,
+    {"PoissonFlowScheduler": "scheduling_poisson_flow", "ScoreSDEScheduler": "scheduling_score_sde"},
+)
 __all__ = ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field", *_lazy_names]
