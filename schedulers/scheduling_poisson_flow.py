@@ -97,7 +97,7 @@ def truncate_radius(noise: torch.Tensor, aug_dim: float | None, quantile: float)
     from scipy import special
 
     half_n = noise[0].numel() / 2
-    square = noise.double().flatten(1).square().sum(dim=1).cpu().numpy()
+    square = accurate(noise).flatten(1).square().sum(dim=1).cpu().numpy()
     if aug_dim is None:
         truncated = 2 * special.gammaincinv(half_n, quantile * special.gammainc(half_n, square / 2))
     else:
@@ -477,9 +477,9 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
 
     # Preconditioning
 
-    def precondition_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+    def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
         """The timestep of a noise level: c_noise = ln(sigma) / 4 (EDM, table 1)."""
-        return torch.log(sigma) / 4
+        return torch.log(torch.as_tensor(sigma)) / 4
 
     @staticmethod
     def _sigma_of(timestep: float | torch.Tensor) -> torch.Tensor:

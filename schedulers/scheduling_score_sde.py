@@ -300,8 +300,8 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
             Noise levels of VE at t = 0 and t = 1.
         beta_min, beta_max (`float`, *optional*, defaults to 0.1 and 20.0):
             beta(0) and beta(1) of VP and sub-VP.
-        sampling_eps (`float`, *optional*):
-            Time at which sampling ends; by default 1e-5 for VE and 1e-3 otherwise, as in the paper.
+        sampling_eps (`float`, *optional*, defaults to 1e-3):
+            Time at which sampling ends; the paper takes 1e-3 for VP and sub-VP, 1e-5 for VE.
         prediction_type (`"epsilon"` or `"score"`, *optional*, defaults to `"epsilon"`):
             What the network returns: the noise, -std times the score, or the score itself.
         solver_type (`"pc"`, `"euler"`, `"heun"` or `"rk45"`, *optional*, defaults to `"pc"`):
@@ -328,7 +328,7 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float = 50.0,
         beta_min: float = 0.1,
         beta_max: float = 20.0,
-        sampling_eps: float | None = None,
+        sampling_eps: float = 1e-3,
         prediction_type: Literal["epsilon", "score"] = "epsilon",
         solver_type: Literal["pc", "euler", "heun", "rk45"] = "pc",
         predictor: Literal["reverse_diffusion", "euler_maruyama", "none"] = "reverse_diffusion",
@@ -349,12 +349,11 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
             self.equation = VarianceExploding(sigma_min, sigma_max)
         else:
             self.equation = (VariancePreserving if sde == "vp" else SubVariancePreserving)(beta_min, beta_max)
-        self.sampling_eps = sampling_eps if sampling_eps is not None else (1e-5 if sde == "ve" else 1e-3)
         # Network calls per time: `timesteps` holds this many entries for each.
         self.order = {"euler": 1, "heun": 2, "rk45": 6}.get(solver_type, 1 + correct_steps * (corrector != "none"))
         self.init_noise_sigma = sigma_max if sde == "ve" else 1.0
         self.num_inference_steps = None
-        self._set_times(torch.linspace(1, self.sampling_eps, num_train_timesteps, dtype=torch.float64), "cpu")
+        self._set_times(torch.linspace(1, self.config.sampling_eps, num_train_timesteps, dtype=torch.float64), "cpu")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -431,7 +430,7 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps < least:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must be at least {least} here.")
         self.num_inference_steps = num_inference_steps
-        self._set_times(torch.linspace(1, self.sampling_eps, num_inference_steps, dtype=torch.float64), device)
+        self._set_times(torch.linspace(1, self.config.sampling_eps, num_inference_steps, dtype=torch.float64), device)
 
     def _find_step_index(self, timestep: float | torch.Tensor) -> int:
         if self._begin_index is not None:
