@@ -425,7 +425,7 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
             device (`torch.device` or `str`, *optional*): Where `timesteps` go.
         """
         least = 2
-        if (self.config.solver_type, self.config.sde) == ("pc", "vp"):
+        if self.config.solver_type == "pc" and self.config.sde != "ve":
             least = math.floor(self.config.beta_max) + 1  # DDPM's beta_i = beta(t) / n stays below 1
         if num_inference_steps < least:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must be at least {least} here.")

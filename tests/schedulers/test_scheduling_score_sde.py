@@ -134,13 +134,13 @@ def test_predictor_and_corrector_sample_the_data(sde, predictor, corrector, snr)
 
 def test_only_the_last_call_adds_no_noise():
     scheduler, sample = ScoreSDEScheduler("subvp", corrector="langevin"), torch.ones(1, 8)
-    scheduler.set_timesteps(3)
+    scheduler.set_timesteps(25)
     quiet = []
     for t in scheduler.timesteps:
         output = scheduler.step(torch.ones(1, 8), t, sample)
         quiet.append(torch.equal(output.prev_sample, output.prev_sample_mean))
         sample = output.prev_sample
-    assert quiet == [False] * 5 + [True]
+    assert quiet == [False] * 49 + [True]
 
 
 @pytest.mark.parametrize("predictor", ["reverse_diffusion", "euler_maruyama"])
@@ -246,7 +246,7 @@ def test_a_batch_equals_its_samples(sde, options):
 def test_step_never_waits_for_the_device(solver, corrector):
     """Tensors on the meta device have no values: whatever asks for one raises."""
     scheduler = ScoreSDEScheduler("subvp", solver_type=solver, corrector=corrector)
-    scheduler.set_timesteps(4)
+    scheduler.set_timesteps(22)
     scheduler.set_begin_index(0)
     sample = torch.empty(2, 3, 4, 4, device="meta")
     for t in scheduler.timesteps.to("meta"):
@@ -310,7 +310,7 @@ def test_config_round_trips_and_errors(tmp_path):
         scheduler.step(x, 0.0, x)
     with pytest.raises(ValueError, match=r"is 20: it must be at least 21"):
         ScoreSDEScheduler("vp").set_timesteps(20)
-    scheduler.set_timesteps(4)
+    scheduler.set_timesteps(30)
     with pytest.raises(ValueError, match="not one of"):
         scheduler.step(x, -3.0, x)
 
