@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
     from .scheduling_score_sde import ScoreSDEScheduler as ScoreSDEScheduler
 
-__getattr__, __dir__, _lazy_names = attach(
+__getattr__, _, _lazy_names = attach(
     __name__,
     {"PoissonFlowScheduler": "scheduling_poisson_flow", "ScoreSDEScheduler": "scheduling_score_sde"},
 )
 __all__ = ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field", *_lazy_names]
+
+
+def __dir__():
+    return __all__
