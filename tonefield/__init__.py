@@ -16,5 +16,14 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
 
 if TYPE_CHECKING:
     from .models import MelSpectrogram as MelSpectrogram
+    from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
+    from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
-__getattr__, __dir__, __all__ = attach(__name__, {"MelSpectrogram": "models"})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "MelSpectrogram": "models",
+        "PoissonFlowScheduler": "schedulers",
+        "ScoreSDEScheduler": "schedulers",
+    },
+)

@@ -1,0 +1,23 @@
+"""What owns the step, the noise law and the sampling grid."""
+
+from typing import TYPE_CHECKING
+
+from tonefield._lazy import attach
+
+# Not lazy: importing a submodule sets its name on the package, where the module would hide the function of that name.
+from .poisson_field import empirical_denoiser, pfgm_hyperparameters, poisson_field
+
+
+if TYPE_CHECKING:
+    from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
+    from .scheduling_score_sde import ScoreSDEScheduler as ScoreSDEScheduler
+
+__getattr__, _, _lazy_names = attach(
+    __name__,
+    {"PoissonFlowScheduler": "scheduling_poisson_flow", "ScoreSDEScheduler": "scheduling_score_sde"},
+)
+__all__ = ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field", *_lazy_names]
+
+
+def __dir__():
+    return __all__
