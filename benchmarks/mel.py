@@ -6,6 +6,7 @@ python benchmarks/mel.py [--device cuda] [--runs 5]
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import librosa
 import numpy as np
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     c = mel.config
     clips = np.stack([synthesize(KINDS[i % 3], SECONDS, c.sample_rate, seed=i) for i in range(CLIPS)])
     waveforms = torch.from_numpy(clips).to(args.device)
-    settings = dict(sr=c.sample_rate, n_fft=c.n_fft, hop_length=c.hop_length, pad_mode="constant")
+    settings: dict[str, Any] = dict(sr=c.sample_rate, n_fft=c.n_fft, hop_length=c.hop_length, pad_mode="constant")
 
     def librosa_encode():
         return [librosa.power_to_db(librosa.feature.melspectrogram(y=y, n_mels=c.n_mels, **settings)) for y in clips]

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +82,12 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
         tempfile.TemporaryFile() as messages,  # not a pipe, which would be full at some point of a long bad recording
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
     ):
+        assert process.stdout is not None
         header = process.stdout.read(24)
         if len(header) == 24:
             offset, _, _, rate, channels = struct.unpack(">4x5I", header)
             process.stdout.read(offset - 24)
-            frames = iter(lambda: process.stdout.read(4 * channels * _BLOCK_SAMPLES), b"")
+            frames = iter(partial(process.stdout.read, 4 * channels * _BLOCK_SAMPLES), b"")
             blocks = (np.frombuffer(data, ">f4").astype(np.float32).reshape(-1, channels) for data in frames)
             yield from _mix_and_resample(blocks, rate, sample_rate)
         process.wait()

@@ -159,7 +159,7 @@ class AudioColumn:
             source = data or (Path(path) if path else None)
             yield Recording(Path(path or f"{index:08d}").name, source, len(data or b""), row)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[Any]:
         try:
             yield from self._dataset
         except ImportError:

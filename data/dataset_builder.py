@@ -376,4 +376,4 @@ class _Progress:
         self._seconds += part.seconds
         self._bytes += sum(recording.size for recording in part.recordings)
         if self._bytes and self._total_bytes:
-            self._bar.total = self._seconds * self._total_bytes / self._bytes
+            self._bar.total = max(self._bar.n, self._seconds * self._total_bytes / self._bytes)

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets import ClassLabel, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from tonefield.command_line import UserError, first_line
 
 
 # A dataset's features are the one thing that `save_to_disk`, `push_to_hub`, streaming and every transformation of a
-# dataset keep. So the record is the name of the only class of a column of classes: eight bytes a row.
+# dataset keep (all but `map` of a streamed one: read the record before). So the record is the name of the only class of
+# a column of classes: eight bytes a row.
 RECORD_COLUMN = "front_end"
 
 LOOSE_FILES = (
@@ -27,22 +29,26 @@ def record_feature(record: dict) -> ClassLabel:
 def read_record(features: Features | None) -> dict:
     """The record of the front end that made a dataset: its settings, its fingerprint and the dataset's statistics."""
     feature = (features or {}).get(RECORD_COLUMN)
-    if not isinstance(feature, ClassLabel) or len(feature.names) != 1:
+    try:
+        record = json.loads(feature.names[0]) if isinstance(feature, ClassLabel) else None
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or "format" not in record:
         raise UserError(
             f"The dataset has no column {RECORD_COLUMN!r} with the settings of its front end: make it with"
             " audio_to_images.py."
         )
-    return json.loads(feature.names[0])
+    return record
 
 
-def load_split(name: str, split: str = "train", streaming: bool = False, config: str | None = None):
+def load_split(name: str, split: str = "train", streaming: bool = False, config: str | None = None) -> Any:
     """One split of a dataset: a folder written by this collection or by `save_to_disk`, or a Hub id."""
     try:
         if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
             dataset = load_from_disk(name)
             if isinstance(dataset, dict):
                 if split not in dataset:
-                    raise UserError(f"{name} has no split {split!r}; it has {', '.join(dataset)}.")
+                    raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, dataset))}.")
                 dataset = dataset[split]
             return dataset.to_iterable_dataset() if streaming else dataset
         dataset = load_dataset(name, config, split=split, streaming=streaming)
@@ -51,5 +57,4 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
         if isinstance(reason, ImportError):
             reason = LOOSE_FILES
         raise UserError(f"The dataset {name} cannot be loaded: {first_line(reason)}") from None
-    assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +83,7 @@ class MelConverter:
         """The slices of a recording that are not silent: (recording, number, start, gain, samples without padding)."""
         if recording.audio is None:
             raise AudioError("has neither a file nor data")
-        rate, size, gain = self.sample_rate, self.slice_samples, self._gain(recording)
+        rate, size, gain = self.sample_rate, self.slice_samples, self._gain(recording.audio)
         pending, start, number = np.zeros(0, np.float32), 0, 0
 
         def cut(waveform: np.ndarray) -> Iterator[tuple]:
@@ -110,7 +111,7 @@ class MelConverter:
             )
         yield from cut(pending)
 
-    def _gain(self, recording: Recording) -> float:
+    def _gain(self, audio: Path | bytes) -> float:
         """The factor that brings a recording to the wanted loudness, or its peak to just below full scale."""
         if self.loudness is None:
             return 1.0
@@ -118,7 +119,7 @@ class MelConverter:
 
         def blocks():
             nonlocal peak
-            for block in read_blocks(recording.audio, rate):
+            for block in read_blocks(audio, rate):
                 peak = max(peak, float(np.abs(block).max(initial=0.0)))
                 yield block
 

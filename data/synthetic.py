@@ -18,7 +18,7 @@ def synthesize(kind: str, seconds: float, sample_rate: int, seed: int = 0) -> np
     beat = 60 / rng.uniform(80, 140)
     sound = np.zeros_like(time)
 
-    def note(degree: int) -> float:
+    def note(degree: np.integer) -> float:
         """The frequency of a step of the pentatonic scale on A2."""
         return 110 * 2 ** (_PENTATONIC[degree % 5] / 12 + degree // 5)
 
@@ -26,7 +26,8 @@ def synthesize(kind: str, seconds: float, sample_rate: int, seed: int = 0) -> np
         harmonics = np.arange(1, 13)
         harmonics = harmonics[harmonics * frequency < 0.45 * sample_rate]
         phases = rng.uniform(0, 2 * np.pi, len(harmonics))
-        return sum(h**-brightness * np.sin(2 * np.pi * h * frequency * time + p) for h, p in zip(harmonics, phases, strict=True))
+        h = harmonics[:, None]
+        return (h**-brightness * np.sin(2 * np.pi * h * frequency * time + phases[:, None])).sum(0)
 
     def since(onset: float) -> np.ndarray:
         """Seconds since an onset, and infinitely many before it."""

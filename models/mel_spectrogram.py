@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -337,7 +337,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         spectrum = power if self.config.method == "image" else (power + 1e-9).sqrt()
         return multiply(spectrum, self.filterbank.T, self._blocks)
 
-    def encode(self, waveform: torch.Tensor, return_reference: bool = False):
+    def encode(self, waveform: torch.Tensor, return_reference: bool = False) -> Any:
         """
         Args:
             waveform (`torch.Tensor` of shape `(batch, samples)` or `(batch, channels, samples)`): Samples in [-1, 1].

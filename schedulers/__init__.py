@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
     from .scheduling_score_sde import ScoreSDEScheduler as ScoreSDEScheduler
 
-__getattr__, _, _lazy_names = attach(
+__getattr__, _, __all__ = attach(
     __name__,
     {"PoissonFlowScheduler": "scheduling_poisson_flow", "ScoreSDEScheduler": "scheduling_score_sde"},
 )
-__all__ = ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field", *_lazy_names]
+__all__ += ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field"]
 
 
 def __dir__():

@@ -300,7 +300,7 @@ def with_divergence(
             x = state[:, :-1].detach().requires_grad_()
             dx = velocity(u, x)
             products = [torch.autograd.grad(dx, x, v, retain_graph=True)[0].mul(v).sum(dim=1) for v in probes]
-        return torch.cat([dx, sum(products)[:, None]], dim=1).detach()
+        return torch.cat([dx, torch.stack(products).sum(dim=0)[:, None]], dim=1).detach()
 
     return slope
 
@@ -539,7 +539,7 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (self._call_log_sigmas / 4).to(torch.float32).to(device)
         self._step_index = None
         self._begin_index = None
-        self._memory = []
+        self._memory: list = []
 
     def set_timesteps(
         self,
@@ -558,6 +558,7 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError("pass either `num_inference_steps` or `sigmas` to `set_timesteps`.")
         if sigmas is None:
+            assert num_inference_steps is not None
             if num_inference_steps < 1:
                 raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must be at least 1.")
             grid = self._sigma_grid(num_inference_steps)
@@ -576,7 +577,7 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         if len(matches) == 0:
             raise ValueError(f"timestep {float(timestep)} is not one of `scheduler.timesteps`: pass those to `step`.")
         # A level that ends one step and begins the next is there twice; a run begins with the second.
-        return matches[-1].item()
+        return int(matches[-1])
 
     def step(
         self,
@@ -625,7 +626,8 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
             if stage == 0:
                 self._memory = [(x, denoised)]
                 return euler_step(x, denoised, sigma, sigma_next)
-            return heun_step(*self._memory[0], x, denoised, sigma, sigma_next)
+            start, denoised_start = self._memory[0]
+            return heun_step(start, denoised_start, x, denoised, sigma, sigma_next)
         if solver == "rk45":
             # In ln(sigma) the slope is x - Dn; the memory holds it with the sample it belongs to.
             self._memory = [*self._memory, (x, x - denoised)] if stage else [(x, x - denoised)]

@@ -32,6 +32,7 @@ RK_STAGES = (
 RK_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # order 5 minus order 4
 
 Generators = torch.Generator | list[torch.Generator] | None
+Coefficient = float | torch.Tensor
 
 
 # The three equations. Each method maps times, a tensor, to two tensors of the same shape.
@@ -128,7 +129,7 @@ def euler_maruyama(drift: torch.Tensor, diffusion: torch.Tensor, dt: float) -> t
 
 
 def predictor_step(
-    x: torch.Tensor, score: torch.Tensor, drift: torch.Tensor, diffusion: torch.Tensor, noise: torch.Tensor
+    x: torch.Tensor, score: torch.Tensor, drift: Coefficient, diffusion: Coefficient, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reverse SDE discretised as the forward one is: x - a x + g^2 score + g noise (equation 46), and its mean."""
     mean = x - drift * x + diffusion**2 * score
@@ -144,14 +145,14 @@ def langevin_step(
 
 
 def langevin_step_size(
-    snr: float, noise_norm: torch.Tensor, score_norm: torch.Tensor, alpha: torch.Tensor
-) -> torch.Tensor:
+    snr: float, noise_norm: Coefficient, score_norm: Coefficient, alpha: Coefficient
+) -> Coefficient:
     """eps = 2 alpha (snr |noise| / |score|)^2 (algorithms 4 and 5); annealed Langevin: |noise| / |score| is std(t)."""
     return 2 * alpha * (snr * noise_norm / score_norm) ** 2
 
 
 def probability_flow(
-    x: torch.Tensor, score: torch.Tensor, drift: torch.Tensor, diffusion: torch.Tensor
+    x: torch.Tensor, score: torch.Tensor, drift: Coefficient, diffusion: Coefficient
 ) -> torch.Tensor:
     """dx/dt = a x - g^2 score / 2, the ODE with the marginals of the SDE (equation 13)."""
     return drift * x - diffusion**2 * score / 2
@@ -263,7 +264,7 @@ def with_divergence(
             x = state[:, :-1].detach().requires_grad_()
             dx = velocity(u, x)
             products = [torch.autograd.grad(dx, x, v, retain_graph=True)[0].mul(v).sum(dim=1) for v in probes]
-        return torch.cat([dx, sum(products)[:, None]], dim=1).detach()
+        return torch.cat([dx, torch.stack(products).sum(dim=0)[:, None]], dim=1).detach()
 
     return slope
 
@@ -439,7 +440,7 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
         if len(matches) == 0:
             raise ValueError(f"timestep {float(timestep)} is not one of `scheduler.timesteps`: pass those to `step`.")
         # With Heun and rk45 a time that ends one step and begins the next is there twice: begin with the second.
-        return matches[0 if self.config.solver_type == "pc" else -1].item()
+        return int(matches[0 if self.config.solver_type == "pc" else -1])
 
     def step(
         self,
@@ -485,28 +486,32 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
             return following, mean
         return ScoreSDESchedulerOutput(prev_sample=following, prev_sample_mean=mean)
 
+    @property
+    def _steps(self) -> int:
+        return self.num_inference_steps or 1
+
     def _predict(
         self, x: torch.Tensor, score: torch.Tensor, time: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.predictor == "none":
             return x, x
         if self.config.predictor == "euler_maruyama":
-            drift, diffusion = euler_maruyama(*self.equation.coefficients(time), 1 / self.num_inference_steps)
+            drift, diffusion = euler_maruyama(*self.equation.coefficients(time), 1 / self._steps)
         else:
-            drift, diffusion = self.equation.discretised(time, self.num_inference_steps)
-        return predictor_step(x, score, drift.item(), diffusion.item(), noise)
+            drift, diffusion = self.equation.discretised(time, self._steps)
+        return predictor_step(x, score, float(drift), float(diffusion), noise)
 
     def _correct(
         self, x: torch.Tensor, score: torch.Tensor, time: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha = self.equation.langevin_scale(time, self.num_inference_steps).item()
+        alpha = float(self.equation.langevin_scale(time, self._steps))
         if self.config.corrector == "ald":
-            size = langevin_step_size(self.config.snr, self.equation.marginal(time)[1].item(), 1.0, alpha)
-            size = per_row(x.new_full((len(x),), size), x)
+            size = langevin_step_size(self.config.snr, float(self.equation.marginal(time)[1]), 1.0, alpha)
+            size = torch.as_tensor(size, dtype=x.dtype)
         else:
             # Norms of each sample by itself, as in the algorithms: a batch must not change its samples.
             norms = noise.flatten(1).norm(dim=1), score.flatten(1).norm(dim=1)
-            size = per_row(langevin_step_size(self.config.snr, *norms, alpha), x)
+            size = per_row(torch.as_tensor(langevin_step_size(self.config.snr, *norms, alpha)), x)
         return langevin_step(x, score, size, noise)
 
     def _follow_ode(
@@ -514,11 +519,11 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """One stage of the step from `times[interval]`; `_memory` holds samples and slopes of its earlier stages."""
         if interval == len(self.times) - 1:  # denoise: E[x(0) | x(t)] = (x + std^2 score) / mean
-            mean, std = (value.item() for value in self.equation.marginal(time))
+            mean, std = (float(value) for value in self.equation.marginal(time))
             return (x + std**2 * score) / mean
         if stage > 0 and len(self._memory) != stage:
             raise ValueError(f"the run began inside a step: set a begin index that is a multiple of {self.order}.")
-        slope = probability_flow(x, score, *(value.item() for value in self.equation.coefficients(time)))
+        slope = probability_flow(x, score, *(float(value) for value in self.equation.coefficients(time)))
         self._memory = [*self._memory, (x, slope)] if stage else [(x, slope)]
         start, slopes = self._memory[0][0], [slope for _, slope in self._memory]
         dt = (self.times[interval + 1] - self.times[interval]).item()

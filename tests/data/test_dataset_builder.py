@@ -1,0 +1,275 @@
+"""Parts and splits, and what is left behind when a run stops half-way."""
+
+import gc
+import io
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from datasets import Audio, Dataset, Features, load_from_disk
+
+from tonefield import MelSpectrogram
+from tonefield.command_line import UserError
+from tonefield.data import dataset_builder
+from tonefield.data.audio_folder import AudioColumn, AudioFolder, Recording
+from tonefield.data.dataset_builder import DatasetBuilder, order, plan_parts
+from tonefield.data.mel_converter import MelConverter
+
+
+def folder_of(path: Path, names: list[str]) -> AudioFolder:
+    for name in names:
+        (path / name).touch()
+    return AudioFolder(path)
+
+
+def deal(source, seed=0, **held_out) -> dict[str, list[str]]:
+    """The names of each split."""
+    names: dict[str, list[str]] = {"train": [], **{split: [] for split in held_out}}
+    for part in plan_parts(source, held_out, seed):
+        names[part.split] += [recording.name for recording in part.recordings]
+    return names
+
+
+# ----- splits
+
+
+@pytest.mark.parametrize("count, fractions, sizes", [
+    (40, (0.05, 0.0), (2, 0)), (40, (0.25, 0.1), (10, 4)), (41, (0.05, 0.05), (2, 2)), (10, (0.01, 0), (1, 0)),
+    (40, (0.0, 0.0), (0, 0)), (1, (0.05, 0.0), (0, 0)), (2, (0.05, 0.05), (1, 0)), (3, (0.4, 0.4), (1, 1)),
+])  # fmt: skip
+def test_fractions_of_the_files(tmp_path, count, fractions, sizes):
+    source = folder_of(tmp_path, [f"{i}.wav" for i in range(count)])
+    splits = deal(source, validation=fractions[0], test=fractions[1])
+    assert (len(splits["validation"]), len(splits["test"])) == sizes
+    assert sorted(sum(splits.values(), [])) == [recording.name for recording in source]  # each file once
+
+
+def test_a_new_file_moves_one_file_at_most(tmp_path):
+    names = [f"{i}.wav" for i in range(60)]
+    before = deal(folder_of(tmp_path, names), validation=0.2)
+    for i in range(20):
+        (tmp_path / "new.wav").unlink(missing_ok=True)
+        (tmp_path / f"new{i - 1}.wav").unlink(missing_ok=True)
+        after = deal(folder_of(tmp_path, [f"new{i}.wav"]), validation=0.2)
+        moved = set(before["validation"]) ^ set(after["validation"])
+        assert len(moved - {f"new{i}.wav"}) <= 1
+        train = [name for name in after["train"] if name in before["train"]]
+        assert train == [name for name in before["train"] if name in train]  # the order stays too
+
+
+def test_the_seed_decides_and_the_order_is_shuffled():
+    recordings = [Recording(f"{i:03d}.wav", None) for i in range(200)]
+    orders = [[recording.name for recording in order(recordings, seed)] for seed in (0, 1)]
+    assert orders[0] == [recording.name for recording in order(recordings[::-1], 0)]
+    for names in orders:
+        ranks = np.argsort(np.argsort(names))
+        assert abs(np.corrcoef(ranks, np.arange(200))[0, 1]) < 0.25
+    assert orders[0] != orders[1]
+
+
+def wav(seconds: float, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(round(8000 * seconds)), 8000, format="wav")
+    return buffer.getvalue()
+
+
+def column_of(sounds: list[bytes]) -> AudioColumn:
+    rows = {"audio": [{"bytes": sound, "path": "same.wav"} for sound in sounds]}
+    return AudioColumn(Dataset.from_dict(rows).cast_column("audio", Audio(decode=False)), "audio")
+
+
+def test_splits_of_a_stream():
+    splits = deal(column_of([bytes([i % 256]) for i in range(2000)]), validation=0.2, test=0.1)
+    counts = {split: len(names) for split, names in splits.items()}
+    assert sum(counts.values()) == 2000
+    assert abs(counts["validation"] - 400) < 4 * 18 and abs(counts["test"] - 200) < 4 * 14  # 4 standard deviations
+    again = column_of([bytes([i % 256]) for i in range(2000)])
+    for a, b in zip(plan_parts(again, {"validation": 0.2}, 0), plan_parts(again, {"validation": 0.2}, 0), strict=True):
+        assert (a.split, a.recordings) == (b.split, b.recordings)
+    other = [len(part.recordings) for part in plan_parts(again, {"validation": 0.2}, 1)]
+    assert other != [len(part.recordings) for part in plan_parts(again, {"validation": 0.2}, 0)]
+
+
+def test_parts_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_builder, "PART_RECORDINGS", 10)
+    monkeypatch.setattr(dataset_builder, "PART_BYTES", (100, 500))
+    for i in range(100):
+        (tmp_path / f"{i}.wav").write_bytes(bytes(10 if i % 10 else 400))
+    for source in AudioFolder(tmp_path), column_of([bytes(10 if i % 10 else 500) for i in range(100)]):
+        parts = list(plan_parts(source, {"validation": 0.3}, 0))
+        assert [part.index for part in parts] == list(range(len(parts)))
+        for part in parts:
+            assert len(part.recordings) <= 10
+            assert sum(recording.size for recording in part.recordings[:-1]) < 500
+        assert sum(len(part.recordings) for part in parts) == 100
+
+
+# ----- a run
+
+
+@pytest.fixture
+def sounds(tmp_path, monkeypatch) -> AudioFolder:
+    """Twelve recordings of 2 to 4 slices, three to a part."""
+    monkeypatch.setattr(dataset_builder, "PART_RECORDINGS", 3)
+    (tmp_path / "sounds").mkdir()
+    for i in range(12):
+        (tmp_path / "sounds" / f"{i}.wav").write_bytes(wav(1.5 + i % 3, seed=i))
+    return AudioFolder(tmp_path / "sounds")
+
+
+def converter() -> MelConverter:
+    return MelConverter(MelSpectrogram.from_preset("fsdd-64"), Features(), "overlap", -60, None, False)
+
+
+def build(source, output_dir, num_proc=1, max_rows=None, stop_after=None, settings=None, resume=False) -> Path:
+    """Builds a dataset, or stops it after some of its parts."""
+    builder = DatasetBuilder(output_dir, settings or {"a": 1}, resume)
+    held_out = {"validation": 0.25}
+    parts = list(plan_parts(source, held_out, 0))
+    finished = builder.run(parts[:stop_after], converter(), num_proc, max_rows, held_out)
+    if stop_after is None:
+        builder.finish(finished, builder.result(finished, []), converter().features)
+    return builder.work
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path, sounds):
+    for num_proc in 1, 2, 5:
+        build(sounds, tmp_path / str(num_proc), num_proc)
+    one = contents(tmp_path / "1")
+    assert len([name for name in one if name.endswith(".arrow")]) == 4
+    assert contents(tmp_path / "2") == one and contents(tmp_path / "5") == one
+
+
+def test_no_file_is_in_two_splits_and_every_slice_is_there(tmp_path, sounds):
+    build(sounds, tmp_path / "out")
+    splits = {name: set(split["audio_file"]) for name, split in load_from_disk(tmp_path / "out").items()}
+    assert len(splits["validation"]) == 3 and not splits["train"] & splits["validation"]
+    rows = [(row["audio_file"], row["slice"]) for split in load_from_disk(tmp_path / "out").values() for row in split]
+    expected = [(f"{i}.wav", number) for i in range(12) for number in range(2 + i % 3)]
+    assert sorted(rows) == sorted(expected)
+
+
+@pytest.mark.parametrize("max_rows, validation", [(1, 0), (5, 1), (16, 4), (20, 5)])
+def test_max_rows(tmp_path, sounds, max_rows, validation):
+    build(sounds, tmp_path / "all")
+    build(sounds, tmp_path / "few", num_proc=2, max_rows=max_rows)
+    all_rows, few = load_from_disk(tmp_path / "all"), load_from_disk(tmp_path / "few")
+    assert {name: len(split) for name, split in few.items()} == {
+        name: count for name, count in (("train", max_rows - validation), ("validation", validation)) if count
+    }
+    for name, split in few.items():
+        assert split[:] == all_rows[name][: len(split)]
+
+
+def test_recordings_of_a_stream_are_let_go(tmp_path, monkeypatch):
+    """At no time are more of them alive than the parts that are worked on, the queues of the splits and the next."""
+    monkeypatch.setattr(dataset_builder, "PART_RECORDINGS", 2)
+    source, seen, most = column_of([wav(1.1)] * 100), [], 0
+
+    class Counted:
+        def __iter__(self):
+            nonlocal most
+            for recording in source:
+                seen.append(weakref.ref(recording))
+                gc.collect()
+                most = max(most, sum(reference() is not None for reference in seen))
+                yield recording
+
+    builder = DatasetBuilder(tmp_path / "out", {})
+    parts = builder.run(plan_parts(Counted(), {"validation": 0.5}, 0), converter(), 2)
+    assert sum(part.rows for part in parts) == 200 and sum(len(part.recordings) for part in parts) == 100
+    assert most <= (2 * 2 + 2) * 2 + 4
+    assert not any(recording.audio for part in parts for recording in part.recordings)
+
+
+def test_the_fingerprint_tells_splits_and_recordings_apart(tmp_path, sounds):
+    build(sounds, tmp_path / "a")
+    build(sounds, tmp_path / "b")
+    (sounds.folder / "5.wav").write_bytes(wav(9))
+    build(AudioFolder(sounds.folder), tmp_path / "c")
+    a, b, c = (load_from_disk(tmp_path / name) for name in "abc")
+    assert [split._fingerprint for split in a.values()] == [split._fingerprint for split in b.values()]
+    assert a["train"]._fingerprint != a["validation"]._fingerprint
+    assert [split._fingerprint for split in a.values()] != [split._fingerprint for split in c.values()]
+
+
+# ----- a run that stops
+
+
+def test_an_unfinished_run_is_taken_up_and_its_parts_are_kept(tmp_path, sounds):
+    build(sounds, tmp_path / "whole")
+    work = build(sounds, tmp_path / "out", stop_after=2)
+    kept = {path.name: path.stat().st_ino for path in work.glob("*.arrow")}
+    assert len(kept) == 2
+    assert not (tmp_path / "out").exists()
+    for folder in tmp_path / "out", work:
+        with pytest.raises(FileNotFoundError):
+            load_from_disk(folder)
+    build(sounds, tmp_path / "out", resume=True, num_proc=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert set(kept.values()) <= {path.stat().st_ino for path in (tmp_path / "out").rglob("*.arrow")}
+    assert not work.exists()
+
+
+def test_half_a_part_counts_for_nothing(tmp_path, sounds):
+    """A part without its note, and what is left of one that was being written."""
+    build(sounds, tmp_path / "whole")
+    work = build(sounds, tmp_path / "out", stop_after=3)
+    (first, second, third) = sorted(work.glob("*.arrow"))
+    second.write_bytes(second.read_bytes()[:1000])
+    second.with_suffix(".json").unlink()
+    third.rename(third.with_suffix(".tmp"))
+    third.with_suffix(".json").unlink()
+    build(sounds, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_limited_run_is_taken_up(tmp_path, sounds):
+    build(sounds, tmp_path / "whole", max_rows=20)
+    build(sounds, tmp_path / "out", stop_after=2, max_rows=20)
+    build(sounds, tmp_path / "out", resume=True, max_rows=20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_refused(tmp_path, sounds):
+    work = build(sounds, tmp_path / "out", stop_after=2, settings={"pad": "drop", "seed": 0})
+    with pytest.raises(UserError, match=r"^.*out.partial holds an unfinished run: add --resume to finish it, or delete"):
+        DatasetBuilder(tmp_path / "out", {"pad": "drop", "seed": 0})
+    with pytest.raises(UserError, match=r"out.partial had pad = drop, this one has pad: use the same, or delete that"):
+        DatasetBuilder(tmp_path / "out", {"pad": "pad", "seed": 0}, resume=True)
+    first = next(plan_parts(sounds, {"validation": 0.25}, 0)).recordings[0]
+    (sounds.folder / first.name).write_bytes(wav(9))
+    with pytest.raises(UserError, match=rf"^The recordings have changed since the unfinished run .*near .*{first.name}"):
+        build(AudioFolder(sounds.folder), tmp_path / "out", settings={"pad": "drop", "seed": 0}, resume=True)
+    assert work.exists()
+
+
+def test_two_runs_at_once(tmp_path):
+    running = DatasetBuilder(tmp_path / "out", {})
+    with pytest.raises(UserError, match=r"^Another run is writing .*out right now.$"):
+        DatasetBuilder(tmp_path / "out", {}, resume=True)
+    running.discard()
+    DatasetBuilder(tmp_path / "out", {})
+
+
+def test_an_output_folder_in_use(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").touch()
+    (tmp_path / "file").touch()
+    for name in "full", "file":
+        with pytest.raises(UserError, match=f"^--output_dir .*{name} is in use: delete it or choose another one.$"):
+            DatasetBuilder(tmp_path / name, {})
+        assert not (tmp_path / f"{name}.partial").exists()
+
+
+def test_an_empty_folder_and_the_present_one_can_be_written(tmp_path, sounds, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    build(sounds, ".")
+    assert sum(load_from_disk(tmp_path / "empty").num_rows.values()) == 36
