@@ -1,12 +1,13 @@
 """Turns recordings into a dataset of mel spectrograms that the training scripts read.
 
-    python audio_to_images.py --input_dir my_sounds --output_dir data/my_sounds --previews 8
-    python audio_to_images.py --input_dir digits --output_dir data/digits --preset fsdd-64
-    python audio_to_images.py --input_dir songs --output_dir data/songs --preset bigvgan_v2_44khz_128band_512x --duration 10
+    python audio_to_images.py --input_dir my_sounds --output_dir mels/my_sounds --previews 8
+    python audio_to_images.py --input_dir digits --preset fsdd-64
+    python audio_to_images.py --input_dir songs --preset bigvgan_v2_44khz_128band_512x --duration 10 --num_proc 8
 
 A folder is searched to any depth. Folders directly below it are classes; a `metadata.csv` or `metadata.jsonl` with a
-column `file_name` adds captions, labels and any other column. The settings of the spectrograms and the statistics of the
-dataset are stored within it, so no later script asks for them. Files that cannot be used are listed in `rejects.jsonl`.
+column `file_name` adds captions, labels and any other column. The settings of the spectrograms and the statistics of
+the dataset are stored within it, so no later script asks for them. Files that cannot be used are listed in
+`rejects.jsonl`.
 """
 
 import argparse
@@ -20,12 +21,20 @@ from tonefield.command_line import UserError, first_line, make_parser, parse, ru
 def parse_args(argv=None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     source = parser.add_argument_group("recordings")
-    source.add_argument("--input_dir", metavar="DIR", help="a folder of recordings (wav, flac, ogg, mp3; m4a with ffmpeg)")
-    source.add_argument("--dataset_name", metavar="NAME", help="instead: a dataset with an audio column, Hub id or folder")
+    source.add_argument(
+        "--input_dir", metavar="DIR", help="a folder of recordings (wav, flac, ogg, mp3; m4a with ffmpeg)"
+    )
+    source.add_argument(
+        "--dataset_name", metavar="NAME", help="instead: a dataset with an audio column, Hub id or folder"
+    )
     source.add_argument("--dataset_config_name", metavar="NAME", help="its configuration")
     source.add_argument("--split", default="train", help="its split (default: %(default)s)")
-    source.add_argument("--audio_column", default="audio", metavar="NAME", help="its audio column (default: %(default)s)")
-    source.add_argument("--streaming", action="store_true", help="read it as it arrives instead of downloading it first")
+    source.add_argument(
+        "--audio_column", default="audio", metavar="NAME", help="its audio column (default: %(default)s)"
+    )
+    source.add_argument(
+        "--streaming", action="store_true", help="read it as it arrives instead of downloading it first"
+    )
 
     front_end = parser.add_argument_group(
         "spectrograms", "A preset, or the default image-22k, changed by whichever of the other flags are given."
@@ -37,15 +46,27 @@ def parse_args(argv=None) -> argparse.Namespace:
         "bigvgan_v2_22khz_80band_256x, bigvgan_v2_22khz_80band_fmax8k_256x, bigvgan_24khz_100band, "
         "bigvgan_base_24khz_100band, bigvgan_22khz_80band, bigvgan_base_22khz_80band",
     )
-    front_end.add_argument("--resolution", metavar="W,H", help="frames and mel bands of a slice; one number means both")
-    front_end.add_argument("--duration", type=float, metavar="SECONDS", help="length of a slice, rounded up to 16 frames")
+    front_end.add_argument(
+        "--resolution", metavar="W,H", help="frames and mel bands of a slice; one number means both"
+    )
+    front_end.add_argument(
+        "--duration", type=float, metavar="SECONDS", help="length of a slice, rounded up to 16 frames"
+    )
     front_end.add_argument("--sample_rate", type=int, metavar="HZ", help="recordings are resampled to this rate")
     front_end.add_argument("--hop_length", type=int, metavar="SAMPLES", help="from one frame to the next")
     front_end.add_argument("--n_fft", type=int, metavar="SAMPLES", help="length of the Fourier transform")
-    front_end.add_argument("--top_db", type=float, metavar="DB", help="how far the floor lies below full scale (default: 80)")
-    front_end.add_argument("--ref", choices=["fixed", "slice"], help="0 dB is full scale (default), or a slice's loudest bin")
-    front_end.add_argument("--mel_spec_method", choices=["image", "bigvgan"], help="decibels, or what BigVGAN vocoders read")
-    front_end.add_argument("--bigvgan_model", metavar="NAME", help="the vocoder whose spectrograms to make; same as --preset")
+    front_end.add_argument(
+        "--top_db", type=float, metavar="DB", help="how far the floor lies below full scale (default: 80)"
+    )
+    front_end.add_argument(
+        "--ref", choices=["fixed", "slice"], help="0 dB is full scale (default), or a slice's loudest bin"
+    )
+    front_end.add_argument(
+        "--mel_spec_method", choices=["image", "bigvgan"], help="decibels, or what BigVGAN vocoders read"
+    )
+    front_end.add_argument(
+        "--bigvgan_model", metavar="NAME", help="the vocoder whose spectrograms to make; same as --preset"
+    )
 
     cutting = parser.add_argument_group("slices")
     cutting.add_argument(
@@ -55,28 +76,74 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what is left over at the end of a recording: a slice that reaches back (default), a slice filled up with"
         " silence, or nothing. The first two fill up recordings shorter than a slice.",
     )
-    cutting.add_argument("--silence_db", type=float, default=-60, metavar="DB", help="skip slices that peak below this level (default: %(default)s dB of full scale)")
-    cutting.add_argument("--loudness", type=float, metavar="LUFS", help="bring each recording to this loudness, say -14, as far as its peaks allow; the gain is stored")
+    cutting.add_argument(
+        "--silence_db",
+        type=float,
+        default=-60,
+        metavar="DB",
+        help="skip slices that peak below this level (default: %(default)s dB of full scale)",
+    )
+    cutting.add_argument(
+        "--loudness",
+        type=float,
+        metavar="LUFS",
+        help="bring each recording to this loudness, say -14, as far as its peaks allow; the gain is stored",
+    )
     cutting.add_argument("--max_examples", type=int, metavar="N", help="stop after this many slices")
 
     output = parser.add_argument_group("dataset")
-    output.add_argument("--output_dir", default="data", metavar="DIR", help="where the dataset is written (default: %(default)s)")
-    output.add_argument("--validation_fraction", type=float, default=0.05, metavar="F", help="share of the files held out for validation (default: %(default)s)")
-    output.add_argument("--test_fraction", type=float, default=0.0, metavar="F", help="share of the files held out for a test (default: none)")
-    output.add_argument("--seed", type=int, default=0, help="decides which files are held out, and the order of all (default: %(default)s)")
-    output.add_argument("--save_images", action="store_true", help="add a column of 8-bit pictures, for pipelines that train on those")
-    output.add_argument("--previews", type=int, default=0, metavar="N", help="draw N slices and turn them back into sound, in DIR/previews")
+    output.add_argument(
+        "--output_dir", metavar="DIR", help="where the dataset is written (default: mels/ and the name of the source)"
+    )
+    output.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the files held out for validation (default: %(default)s)",
+    )
+    output.add_argument(
+        "--test_fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of the files held out for a test (default: none)",
+    )
+    output.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="decides which files are held out, and the order of all (default: %(default)s)",
+    )
+    output.add_argument(
+        "--save_images", action="store_true", help="add a column of 8-bit pictures, for pipelines that train on those"
+    )
+    output.add_argument(
+        "--previews",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N slices and turn them back into sound, in DIR/previews",
+    )
     output.add_argument("--push_to_hub", metavar="REPO_ID", help="upload the dataset")
     output.add_argument("--hub_private_repo", action="store_true", help="make the uploaded dataset private")
 
     running = parser.add_argument_group("running")
-    running.add_argument("--num_proc", type=int, default=os.cpu_count(), metavar="N", help="threads that read and compute, side by side outside the interpreter's lock (default: one a core, here %(default)s)")
+    running.add_argument(
+        "--num_proc",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="threads that read and compute side by side (default: one a core, here %(default)s)",
+    )
     running.add_argument("--resume", action="store_true", help="take up a run that was stopped")
     running.add_argument("--strict", action="store_true", help="exit with an error if any file was rejected")
     args = parse(parser, argv)
 
     if (args.input_dir is None) == (args.dataset_name is None):
         parser.error("give --input_dir or --dataset_name, one of them")
+    if args.output_dir is None:
+        args.output_dir = os.path.join("mels", os.path.basename(os.path.abspath(args.input_dir or args.dataset_name)))
     for name, least in ("num_proc", 1), ("max_examples", 1), ("previews", 0):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -153,7 +220,19 @@ def main(args: argparse.Namespace) -> None:
     converter = MelConverter(mel, source.features, args.pad, args.silence_db, args.loudness, args.save_images)
 
     held_out = {"validation": args.validation_fraction, "test": args.test_fraction}
-    names = ("input_dir", "dataset_name", "dataset_config_name", "split", "audio_column", "pad", "silence_db", "loudness", "max_examples", "seed", "save_images")
+    names = (
+        "input_dir",
+        "dataset_name",
+        "dataset_config_name",
+        "split",
+        "audio_column",
+        "pad",
+        "silence_db",
+        "loudness",
+        "max_examples",
+        "seed",
+        "save_images",
+    )
     settings = {name: getattr(args, name) for name in names} | held_out | {"front_end": converter.front_end_settings}
     builder = DatasetBuilder(args.output_dir, settings, args.resume)
     parts = plan_parts(source, held_out, args.seed)
@@ -166,7 +245,8 @@ def main(args: argparse.Namespace) -> None:
         builder.discard()
         first = f"; the first: {': '.join(result.rejects[0])}" if result.rejects else ""
         raise UserError(
-            f"No slice came of {result.recordings} recordings: {len(result.rejects)} files were rejected (see {rejects}"
+            f"No slice came of {result.recordings} recordings: {len(result.rejects)} files were rejected (see"
+            f" {rejects}"
             f"{first}), {result.skipped} slices were silent."
         )
     record = converter.record(result.sums["train"])
@@ -189,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def preview(args: argparse.Namespace, mel) -> None:
-    """Draws the first slices of the dataset, and turns them back into sound to show what the spectrograms hold."""
+    """Draws slices from all over the dataset, and turns them back into sound to show what the spectrograms hold."""
     from pathlib import Path
 
     import soundfile

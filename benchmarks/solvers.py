@@ -1,7 +1,7 @@
 """How near each solver comes to the exact end of the trajectory, against the network calls it makes.
 
 The network is exact: the denoiser of a few hundred real spectrograms, standardised as in training. Exact trajectories
-end on one of them, so an error of the end means that some trajectories have strayed to another one: their share is shown.
+end on one of them, so an error of the end means that some have strayed to another one: their share is shown.
 
     python benchmarks/solvers.py --dataset datasets/digits     # made by audio_to_images.py; made up when not given
 """

@@ -15,7 +15,20 @@ import soundfile
 import soxr
 
 
-SOUNDFILE_EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64"}
+SOUNDFILE_EXTENSIONS = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".caf",
+    ".w64",
+}
 FFMPEG_EXTENSIONS = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka"}
 
 _BLOCK_SAMPLES = 2**18  # about six seconds at 44.1 kHz: large enough to be quick, small enough for any memory
@@ -28,7 +41,7 @@ class AudioError(Exception):
 def read_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
     """The mono float32 samples of a recording at `sample_rate`, block by block.
 
-    Channels are averaged; other rates are resampled by soxr at high quality. `source` is a path or the bytes of a file.
+    Channels are averaged; other rates are resampled by soxr at high quality. `source` is a path, or the bytes of one.
     """
     if isinstance(source, Path) and source.suffix.lower() in FFMPEG_EXTENSIONS:
         blocks = _ffmpeg_blocks(source, sample_rate)
@@ -99,7 +112,9 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
 
 def _mix_and_resample(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
     """Blocks of shape (samples, channels) at `rate` to mono at `sample_rate`."""
-    resample = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
+    resample = (
+        soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
+    )
     for block in blocks:
         mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
         yield mono if resample is None else resample.resample_chunk(mono)

@@ -1,4 +1,4 @@
-"""Where recordings come from: a folder with labels and captions beside the audio, or a dataset with an audio column."""
+"""Where recordings come from: a folder with what is known of them beside the audio, or a dataset."""
 
 import os
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Recording:
 class AudioFolder:
     """The recordings below a folder, in the order of their names.
 
-    Every column of a `metadata.csv` or `metadata.jsonl` (Hugging Face's AudioFolder convention: `file_name` is relative to
+    Every column of a `metadata.csv` or `metadata.jsonl` (the AudioFolder convention: `file_name` is relative to
     the file that names it) comes along. A column `label` there, or else the folder that a file lies in, is its class.
     """
 
@@ -115,16 +115,21 @@ class AudioFolder:
                 if pa.types.is_null(kind):
                     types[column.name] = column.type
                 elif kind != column.type and not pa.types.is_null(column.type):
-                    raise UserError(f"{file}: column {column.name!r} is {column.type}, elsewhere {kind}: make them alike.")
+                    raise UserError(
+                        f"{file}: column {column.name!r} is {column.type}, elsewhere {kind}: make them alike."
+                    )
         if unknown:
             self.warnings.append(f"{len(unknown)} rows of metadata name no file, the first one {unknown[0]}")
         if files and len(rows) < len(names):
             first = min(names - rows.keys())
             self.warnings.append(f"{len(names) - len(rows)} files have no row of metadata, the first one {first}")
         strings = pa.string()  # of columns without any value
-        features = Features({
-            name: generate_from_arrow_type(strings if pa.types.is_null(kind) else kind) for name, kind in types.items()
-        })
+        features = Features(
+            {
+                name: generate_from_arrow_type(strings if pa.types.is_null(kind) else kind)
+                for name, kind in types.items()
+            }
+        )
         if "label" in types:
             labels = {row["label"] for row in rows.values()} - {None}
             classes = ClassLabel(names=[str(label) for label in sorted(labels)])
@@ -145,7 +150,9 @@ class AudioColumn:
         if not isinstance(kind, (Audio, dict)) and getattr(kind, "dtype", None) not in ("string", "binary"):
             raise UserError(f"Column {column!r} holds no audio but {kind}: name another one with --audio_column.")
         others = {name: kind for name, kind in features.items() if name != column}
-        self.features = Features({name: kind for name, kind in others.items() if isinstance(kind, (Value, ClassLabel))})
+        self.features = Features(
+            {name: kind for name, kind in others.items() if isinstance(kind, (Value, ClassLabel))}
+        )
         self.rejects: list[tuple[str, str]] = []
         self.warnings = [f"column {name!r} is left out" for name in others if name not in self.features]
         self._column = column

@@ -40,7 +40,7 @@ class Converter(Protocol):
     features: Features
 
     def convert(self, part: "Part") -> Iterator[pa.Table]:
-        """Yields the rows of `part.recordings`, up to `part.limit`; tells `part` what it rejects, skips, reads, sums up.
+        """Yields the rows of `part.recordings`, up to `part.limit`; tells it what it rejects, skips, reads, sums up.
 
         `part.rows` counts what was yielded before.
         """
@@ -286,7 +286,9 @@ class DatasetBuilder:
                 if part.rows == part.limit:
                     break
         os.replace(temporary, arrow)
-        counted = {name: value for name, value in vars(part).items() if name not in ("recordings", "limit", "on_seconds")}
+        counted = {
+            name: value for name, value in vars(part).items() if name not in ("recordings", "limit", "on_seconds")
+        }
         self._write(note, json.dumps(counted | {"recordings": self._digest(part)}))
         return part
 

@@ -11,8 +11,8 @@ from tonefield.command_line import UserError, first_line
 
 
 # A dataset's features are the one thing that `save_to_disk`, `push_to_hub`, streaming and every transformation of a
-# dataset keep (all but `map` of a streamed one: read the record before). So the record is the name of the only class of
-# a column of classes: eight bytes a row.
+# dataset keep (all but `map` of a streamed one: read the record before). So the record is the name of the only class
+# of a column of classes: eight bytes a row.
 RECORD_COLUMN = "front_end"
 
 LOOSE_FILES = (

@@ -10,14 +10,16 @@ from scipy.signal import lfilter
 def k_weighting(sample_rate: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The two filters of BS.1770 (annex 1, tables 1 and 2) as (numerator, denominator), for any sample rate.
 
-    The standard gives coefficients at 48 kHz only; these are the analogue filters behind them, a high shelf for the head
-    and a high pass, brought to `sample_rate` by the bilinear transform.
+    The standard gives coefficients at 48 kHz only; these are the analogue filters behind them, a high shelf for the
+    head and a high pass, brought to `sample_rate` by the bilinear transform.
     """
     tangent = math.tan(math.pi * 1681.974450955533 / sample_rate)
     quality, gain = 0.7071752369554196, 10 ** (3.999843853973347 / 20)
     middle = gain**0.4996667741545416
     square = tangent**2
-    shelf = np.array([gain + middle * tangent / quality + square, 2 * (square - gain), gain - middle * tangent / quality + square])
+    shelf = np.array(
+        [gain + middle * tangent / quality + square, 2 * (square - gain), gain - middle * tangent / quality + square]
+    )
     shelf_poles = np.array([1 + tangent / quality + square, 2 * (square - 1), 1 - tangent / quality + square])
 
     tangent, quality = math.tan(math.pi * 38.13547087602444 / sample_rate), 0.5003270373238773

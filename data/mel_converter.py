@@ -107,7 +107,8 @@ class MelConverter:
                 pending, start = pending[whole * size :], start + whole * size
         if start == 0 and self.pad == "drop" and len(pending) < size:
             raise AudioError(
-                f"is shorter than one slice ({len(pending) / rate:.2f} s, a slice is {size / rate:.2f} s; use --pad pad)"
+                f"is shorter than one slice ({len(pending) / rate:.2f} s, a slice is {size / rate:.2f} s; --pad pad"
+                " keeps it)"
             )
         yield from cut(pending)
 

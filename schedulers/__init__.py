@@ -20,4 +20,4 @@ __all__ += ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field"]
 
 
 def __dir__():
-    return __all__
+    return sorted(__all__)

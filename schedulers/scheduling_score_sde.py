@@ -151,9 +151,7 @@ def langevin_step_size(
     return 2 * alpha * (snr * noise_norm / score_norm) ** 2
 
 
-def probability_flow(
-    x: torch.Tensor, score: torch.Tensor, drift: Coefficient, diffusion: Coefficient
-) -> torch.Tensor:
+def probability_flow(x: torch.Tensor, score: torch.Tensor, drift: Coefficient, diffusion: Coefficient) -> torch.Tensor:
     """dx/dt = a x - g^2 score / 2, the ODE with the marginals of the SDE (equation 13)."""
     return drift * x - diffusion**2 * score / 2
 

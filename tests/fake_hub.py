@@ -76,9 +76,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             if (files := self._files(match)) is not None:
+                private = match.groups()[:2] in self.hub.private
+                siblings = [{"rfilename": name} for name in sorted(files)]
                 self._json({
-                    "_id": "1", "id": match[2], "sha": _commit(files), "private": match.groups()[:2] in self.hub.private,
-                    "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in sorted(files)],
+                    "_id": "1", "id": match[2], "sha": _commit(files), "private": private, "tags": [], "downloads": 0,
+                    "likes": 0, "siblings": siblings,
                 })  # fmt: skip
             return None
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):

@@ -87,7 +87,9 @@ def test_a_folder_becomes_a_dataset(tmp_path, sounds, capsys):
     statistics = record["statistics"]
     assert statistics["mean"] == pytest.approx(mels.mean(), rel=1e-7)
     assert statistics["std"] == pytest.approx(mels.std(), rel=1e-7)
-    assert statistics["mean_norm"] == pytest.approx(np.linalg.norm(mels.reshape(len(mels), -1), axis=1).mean(), rel=1e-7)
+    assert statistics["mean_norm"] == pytest.approx(
+        np.linalg.norm(mels.reshape(len(mels), -1), axis=1).mean(), rel=1e-7
+    )
     assert statistics["slices"] == len(mels) and statistics["floor_fraction"] == (mels == -1).mean()
     assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
     assert not (tmp_path / "out.partial").exists()
@@ -140,7 +142,8 @@ def config_of(*flags) -> dict:
     (["--preset", "fsdd-64", "--duration", 2], {"num_frames": 128}),  # 125 frames, rounded up to 16
     (["--preset", "fsdd-64", "--duration", 2.048], {"num_frames": 128}),
     (["--preset", "fsdd-64", "--duration", 2.06], {"num_frames": 144}),
-    (["--preset", "fsdd-64", "--duration", 2, "--hop_length", 64, "--resolution", 32], {"num_frames": 256, "n_mels": 32}),
+    (["--preset", "fsdd-64", "--duration", 2, "--hop_length", 64, "--resolution", 32],
+     {"num_frames": 256, "n_mels": 32}),
 ])  # fmt: skip
 def test_front_end_flags(flags, expected):
     config = config_of(*flags)
@@ -150,10 +153,10 @@ def test_front_end_flags(flags, expected):
 @pytest.mark.parametrize("flags, message", [
     (["--preset", "image-44k"], "There is no preset 'image-44k'; there are image-22k, sc09-64, "),
     (["--preset", "bigvgan_9000"], "There is no preset 'bigvgan_9000'; "),
-    (["--preset", "sc09-64", "--bigvgan_model", "bigvgan_22khz_80band"], "--preset sc09-64 and --bigvgan_model bigvgan_22"),
+    (["--preset", "sc09-64", "--bigvgan_model", "bigvgan_22khz_80band"], "--preset sc09-64 and --bigvgan_model big"),
     (["--mel_spec_method", "bigvgan"], "--mel_spec_method bigvgan needs a --bigvgan_model, such as "),
-    (["--mel_spec_method", "image", "--preset", "bigvgan_22khz_80band"], "--mel_spec_method image contradicts bigvgan_22"),
-    (["--preset", "bigvgan_22khz_80band", "--sample_rate", 44100], "bigvgan_22khz_80band has sample_rate 22050, which 44100"),
+    (["--mel_spec_method", "image", "--preset", "bigvgan_22khz_80band"], "--mel_spec_method image contradicts big"),
+    (["--preset", "bigvgan_22khz_80band", "--sample_rate", 44100], "sample_rate 22050, which 44100"),
     (["--preset", "bigvgan_22khz_80band", "--resolution", "256,128"], "has n_mels 80, which 128 contradicts"),
     (["--preset", "bigvgan_22khz_80band", "--ref", "slice"], "has ref fixed, which slice contradicts"),
     (["--preset", "bigvgan_22khz_80band", "--top_db", 60], "has top_db 80.0, which 60.0 contradicts"),
@@ -161,7 +164,7 @@ def test_front_end_flags(flags, expected):
     (["--resolution", "256,128,64"], "--resolution 256,128,64 is not W,H or one number"),
     (["--resolution", "0,128"], "num_frames must be positive, not 0"),
     (["--duration", 5, "--resolution", "256,128"], "--duration and the width of --resolution say the same thing"),
-    (["--n_fft", 512], "mel bands .* use n_fft=2048"),
+    (["--n_fft", 512], "39 of 256 mel bands .* use n_fft=1024"),
     (["--hop_length", 2000], "hop_length 2000 must be at most n_fft / 2 = 1024"),
     (["--sample_rate", 0], "sample_rate must be positive, not 0"),
 ])  # fmt: skip
@@ -181,7 +184,9 @@ def test_the_front_end_reaches_the_rows(tmp_path, sounds):
     flags = ["--resolution", "32,40", "--sample_rate", 4000, "--n_fft", 512, "--hop_length", 100, "--top_db", 50]
     result = build(sounds, tmp_path / "out", *flags)
     waveform = librosa.load(sounds / "pads" / "3.wav", sr=4000)[0]
-    row = next(row for split in result.values() for row in split if (row["audio_file"], row["slice"]) == ("pads/3.wav", 1))
+    row = next(
+        row for split in result.values() for row in split if (row["audio_file"], row["slice"]) == ("pads/3.wav", 1)
+    )
     power = librosa.feature.melspectrogram(
         y=waveform[3199 : 2 * 3199], sr=4000, n_fft=512, hop_length=100, n_mels=40, pad_mode="constant"
     )
@@ -196,14 +201,14 @@ def test_the_front_end_reaches_the_rows(tmp_path, sounds):
 def test_what_is_left_over(tmp_path, sounds):
     rows = {pad: build(sounds, tmp_path / pad, "--pad", pad) for pad in ("overlap", "pad", "drop")}
     counts = {pad: sum(split.num_rows for split in result.values()) for pad, result in rows.items()}
-    assert counts == {"overlap": 3 * 14, "pad": 3 * 14, "drop": 3 * 10}
+    assert counts == {"overlap": 3 * 13, "pad": 3 * 13, "drop": 3 * 9}
     valid = {pad: [n for split in result.values() for n in split["valid_frames"]] for pad, result in rows.items()}
     assert set(valid["overlap"]) == set(valid["drop"]) == {64} and min(valid["pad"]) < 64
 
 
 def test_silence(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    samples = np.concatenate([0.5 * synthesize("pads", 1.5, 8000), np.zeros(20000)])
+    samples = np.repeat([0.5, 0.02, 0.0, 0.0], 8191)  # four slices
     for i in range(2):
         soundfile.write(tmp_path / "in" / f"{i}.wav", samples, 8000)
     few = build(tmp_path / "in", tmp_path / "few")
@@ -211,7 +216,7 @@ def test_silence(tmp_path, capsys):
     assert "4 slices were skipped: they peak below -60 dB.\n" in capsys.readouterr().out
     none = build(tmp_path / "in", tmp_path / "all", "--silence_db=-inf")
     assert sum(split.num_rows for split in none.values()) == 8
-    loud = build(tmp_path / "in", tmp_path / "loud", "--silence_db", "-14")
+    loud = build(tmp_path / "in", tmp_path / "loud", "--silence_db", "-20")
     assert sum(split.num_rows for split in loud.values()) == 2
 
 
@@ -284,6 +289,7 @@ def test_previews(tmp_path, sounds, capsys, ref):
         picture = Image.open(path)
         assert picture.format == "PNG" and len(np.unique(np.array(picture.convert("L")))) > 50
     fixed = MelSpectrogram.from_preset("fsdd-64")
+    rows = rows.select([0, len(rows) // 3, 2 * len(rows) // 3])  # from all over the dataset
     for i in range(3):
         heard, rate = soundfile.read(folder / f"{i:03d}.wav", dtype="float32")
         assert rate == 8000 and len(heard) == 8191
@@ -291,7 +297,7 @@ def test_previews(tmp_path, sounds, capsys, ref):
         source = librosa.load(sounds / rows[i]["audio_file"], sr=8000)[0]
         source = source[rows[i]["start_sample"] :][:8191]
         mels = fixed.encode(torch.from_numpy(np.stack([heard, source])))
-        assert (mels[0] - mels[1]).square().mean().sqrt() * 40 < 5
+        assert (mels[0] - mels[1]).square().mean().sqrt() * 40 < 6
         assert abs(10 * np.log10((heard**2).mean() / (source**2).mean())) < 1
 
 
@@ -417,11 +423,11 @@ def test_configurations_and_streaming_of_files(tmp_path, clips, monkeypatch):
 
 def test_datasets_that_cannot_be_used(tmp_path, clips):
     clips.save_to_disk(tmp_path / "clips")
-    with pytest.raises(UserError, match="no column 'audio'; its columns are sound, caption, label.$"):
+    with pytest.raises(UserError, match=r"no column 'audio'; its columns are sound, caption, label.$"):
         build_from(tmp_path / "clips", tmp_path / "out")
-    with pytest.raises(UserError, match="^Column 'label' holds no audio but ClassLabel"):
+    with pytest.raises(UserError, match=r"^Column 'label' holds no audio but ClassLabel"):
         build_from(tmp_path / "clips", tmp_path / "out", "--audio_column", "label")
-    with pytest.raises(UserError, match="^The dataset someone/none cannot be loaded: "):
+    with pytest.raises(UserError, match=r"^The dataset someone/none cannot be loaded: "):
         build_from("someone/none", tmp_path / "out")
     with pytest.raises(UserError, match="come with a column 'mel', a name that is taken"):
         clips.rename_column("caption", "mel").save_to_disk(tmp_path / "taken")
@@ -440,8 +446,8 @@ def test_datasets_that_cannot_be_used(tmp_path, clips):
     (["--input_dir", "x", "--previews", "-1"], "--previews is at least 0, not -1"),
     (["--input_dir", "x", "--duration", "0"], "--duration is a number of seconds above 0, not 0"),
     (["--input_dir", "x", "--duration", "inf"], "--duration is a number of seconds above 0, not inf"),
-    (["--input_dir", "x", "--validation_fraction", "-0.1"], "--validation_fraction -0.1 and --test_fraction 0 must leave"),
-    (["--input_dir", "x", "--test_fraction", "0.97"], "--validation_fraction 0.05 and --test_fraction 0.97 must leave"),
+    (["--input_dir", "x", "--validation_fraction", "-0.1"], "--validation_fraction -0.1 and --test_fraction 0 must"),
+    (["--input_dir", "x", "--test_fraction", "0.97"], "--validation_fraction 0.05 and --test_fraction 0.97 must"),
     (["--input_dir", "x", "--pad", "mirror"], "argument --pad: invalid choice: 'mirror'"),
     (["--input_dir", "x", "--preview", "3"], "unrecognized arguments: --preview 3"),
 ])  # fmt: skip
@@ -492,7 +498,7 @@ def uninterrupted(long_sounds, tmp_path_factory) -> dict[str, bytes]:
 
 
 def finished_parts(output_dir: Path) -> int:
-    return len([path for path in Path(f"{output_dir}.partial").glob("*-*.json")])
+    return len(list(Path(f"{output_dir}.partial").glob("*-*.json")))
 
 
 @pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
@@ -507,9 +513,8 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path, long_sounds, uninterrupted
     assert process.returncode == status
     assert 0 < finished_parts(out) < 20
     if stop == signal.SIGINT:
-        last = shown.splitlines()[-2:]
-        assert last[0].endswith(f"are finished and kept in {out}.partial: run the same command with --resume.")
-        assert last[1] == "interrupted" and "Traceback" not in shown
+        assert f"parts are finished and kept in {out}.partial: run the same command with --resume.\n" in shown
+        assert shown.endswith("\ninterrupted\n") and "Traceback" not in shown
     assert not out.exists()
     for folder in out, f"{out}.partial":
         with pytest.raises(FileNotFoundError):
@@ -519,7 +524,7 @@ def test_a_run_that_was_stopped_is_taken_up(tmp_path, long_sounds, uninterrupted
         build(long_sounds, out, *LONG)
     with pytest.raises(UserError, match="had pad = overlap, this one has drop"):
         build(long_sounds, out, *LONG, "--resume", "--pad", "drop")
-    with pytest.raises(UserError, match="had front_end = .*this one has"):
+    with pytest.raises(UserError, match=r"had front_end = .*this one has"):
         build(long_sounds, out, *LONG, "--resume", "--top_db", 70)
     build(long_sounds, out, *LONG, "--resume", "--num_proc", 2)
     assert contents(out) == uninterrupted
@@ -536,7 +541,9 @@ def test_a_full_disk(tmp_path, long_sounds, uninterrupted):
     _, shown = process.communicate()
     assert process.returncode == 1 and "Traceback" not in shown
     assert shown.splitlines()[-1].startswith("error: The run was stopped: ")
-    assert "File too large" in shown and shown.endswith(f"kept in {out}.partial: run the same command with --resume.\n")
+    assert "File too large" in shown and shown.endswith(
+        f"kept in {out}.partial: run the same command with --resume.\n"
+    )
     assert not out.exists()
     build(long_sounds, out, *LONG, "--resume")
     assert contents(out) == uninterrupted
@@ -595,4 +602,4 @@ def test_a_push_that_fails_keeps_the_dataset(tmp_path, sounds):
     with pytest.raises(UserError, match=message) as caught:
         build(sounds, tmp_path / "out", "--push_to_hub", "someone/sounds")
     assert "\n" not in str(caught.value)
-    assert sum(load_from_disk(tmp_path / "out").num_rows.values()) == 42
+    assert sum(load_from_disk(tmp_path / "out").num_rows.values()) == 39

@@ -51,7 +51,7 @@ def test_block(index, folder):
 
 
 def test_the_dataset_holds_what_the_readme_says(folder):
-    dataset = folder / "datasets" / "my_sounds"
+    dataset = folder / "mels" / "my_sounds"
     assert (dataset / "previews" / "overview.png").stat().st_size > 10_000
     assert (dataset / "previews" / "000.wav").exists()
     assert (dataset / "rejects.jsonl").read_text() == ""

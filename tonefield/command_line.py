@@ -23,9 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help starts with a script's docstring and that takes a recipe with `--config`."""
-    parser = _Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="a recipe: values for any of these flags; flags win over it"
     )

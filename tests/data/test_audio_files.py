@@ -102,7 +102,7 @@ def test_what_is_no_audio_is_refused(tmp_path, name, content):
 def test_no_samples(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 8000)
     for rate in 8000, 16000:
-        with pytest.raises(AudioError, match="^holds no samples$"):
+        with pytest.raises(AudioError, match=r"^holds no samples$"):
             read_audio(tmp_path / "a.wav", rate)
 
 
@@ -111,7 +111,7 @@ def test_samples_that_are_no_numbers(tmp_path, value):
     samples = np.zeros(80 * 8000)
     samples[70 * 8000] = value
     soundfile.write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
-    with pytest.raises(AudioError, match="^holds a sample that is not a finite number at 70.000 s$"):
+    with pytest.raises(AudioError, match=r"^holds a sample that is not a finite number at 70.000 s$"):
         read_audio(tmp_path / "a.wav", 8000)
     with pytest.raises(AudioError, match=r"finite number at (69.9\d|70.00)\d s$"):
         read_audio(tmp_path / "a.wav", 16000)
@@ -166,7 +166,7 @@ def test_ffmpeg_says_what_is_wrong(tmp_path):
 def test_without_ffmpeg(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(AudioError, match="^.m4a files need ffmpeg, which is not installed$"):
+    with pytest.raises(AudioError, match=r"^.m4a files need ffmpeg, which is not installed$"):
         read_audio(tmp_path / "a.m4a", 8000)
 
 

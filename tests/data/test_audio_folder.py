@@ -109,6 +109,17 @@ def test_csv(tmp_path):
     assert str(a["day"]) == "2024-02-29"
 
 
+def test_a_long_csv_with_line_breaks_in_its_captions(tmp_path):
+    """Such files are read in blocks, which must not end within a caption."""
+    touch(tmp_path, "last.wav")
+    caption = "one line\n" * 20
+    filler = "".join(f'{i}.wav,"{caption}"\n' for i in range(20000))
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\n{filler}last.wav,done\n")
+    folder = AudioFolder(tmp_path)
+    assert folder.warnings == ["20000 rows of metadata name no file, the first one 0.wav"]
+    assert columns(tmp_path) == {"last.wav": {"caption": "done"}}
+
+
 def test_jsonl_with_lists_and_structures(tmp_path):
     touch(tmp_path, "a.wav", "b.wav")
     rows = [
@@ -166,7 +177,7 @@ def test_rows_and_files_that_do_not_meet(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("metadata.csv", "file,caption\na.wav,x\n", "metadata.csv has no column 'file_name'; its columns are file, caption."),
+    ("metadata.csv", "file,caption\na.wav,x\n", "has no column 'file_name'; its columns are file, caption."),
     ("metadata.csv", "file_name,caption\na.wav,x,y\n", "metadata.csv cannot be read: .*Expected 2 columns, got 3"),
     ("metadata.csv", "", "metadata.csv cannot be read: Empty CSV file"),
     ("metadata.jsonl", '{"file_name": "a.wav"', "metadata.jsonl cannot be read: JSON parse error"),
@@ -197,7 +208,8 @@ def sounds() -> Dataset:
         "vector": [[1.0], [2.0], [3.0]],
     }
     features = Features(
-        audio={"bytes": Value("binary"), "path": Value("string")}, caption=Value("string"), label=ClassLabel(names=["cat", "dog"]),
+        audio={"bytes": Value("binary"), "path": Value("string")}, caption=Value("string"),
+        label=ClassLabel(names=["cat", "dog"]),
         vector=[Value("float32")],
     )  # fmt: skip
     return Dataset.from_dict(rows, features=features).cast_column("audio", Audio(decode=False))

@@ -1,6 +1,5 @@
 """Parts and splits, and what is left behind when a run stops half-way."""
 
-import gc
 import io
 import weakref
 from pathlib import Path
@@ -43,7 +42,8 @@ def test_fractions_of_the_files(tmp_path, count, fractions, sizes):
     source = folder_of(tmp_path, [f"{i}.wav" for i in range(count)])
     splits = deal(source, validation=fractions[0], test=fractions[1])
     assert (len(splits["validation"]), len(splits["test"])) == sizes
-    assert sorted(sum(splits.values(), [])) == [recording.name for recording in source]  # each file once
+    each_once = sorted(name for split in splits.values() for name in split)
+    assert each_once == [recording.name for recording in source]
 
 
 def test_a_new_file_moves_one_file_at_most(tmp_path):
@@ -71,7 +71,9 @@ def test_the_seed_decides_and_the_order_is_shuffled():
 
 def wav(seconds: float, seed: int = 0) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(round(8000 * seconds)), 8000, format="wav")
+    soundfile.write(
+        buffer, 0.1 * np.random.default_rng(seed).standard_normal(round(8000 * seconds)), 8000, format="wav"
+    )
     return buffer.getvalue()
 
 
@@ -177,7 +179,6 @@ def test_recordings_of_a_stream_are_let_go(tmp_path, monkeypatch):
             nonlocal most
             for recording in source:
                 seen.append(weakref.ref(recording))
-                gc.collect()
                 most = max(most, sum(reference() is not None for reference in seen))
                 yield recording
 
@@ -221,7 +222,7 @@ def test_half_a_part_counts_for_nothing(tmp_path, sounds):
     """A part without its note, and what is left of one that was being written."""
     build(sounds, tmp_path / "whole")
     work = build(sounds, tmp_path / "out", stop_after=3)
-    (first, second, third) = sorted(work.glob("*.arrow"))
+    _, second, third = sorted(work.glob("*.arrow"))
     second.write_bytes(second.read_bytes()[:1000])
     second.with_suffix(".json").unlink()
     third.rename(third.with_suffix(".tmp"))
@@ -239,13 +240,17 @@ def test_a_limited_run_is_taken_up(tmp_path, sounds):
 
 def test_what_is_refused(tmp_path, sounds):
     work = build(sounds, tmp_path / "out", stop_after=2, settings={"pad": "drop", "seed": 0})
-    with pytest.raises(UserError, match=r"^.*out.partial holds an unfinished run: add --resume to finish it, or delete"):
+    with pytest.raises(
+        UserError, match=r"^.*out.partial holds an unfinished run: add --resume to finish it, or delete"
+    ):
         DatasetBuilder(tmp_path / "out", {"pad": "drop", "seed": 0})
     with pytest.raises(UserError, match=r"out.partial had pad = drop, this one has pad: use the same, or delete that"):
         DatasetBuilder(tmp_path / "out", {"pad": "pad", "seed": 0}, resume=True)
     first = next(plan_parts(sounds, {"validation": 0.25}, 0)).recordings[0]
     (sounds.folder / first.name).write_bytes(wav(9))
-    with pytest.raises(UserError, match=rf"^The recordings have changed since the unfinished run .*near .*{first.name}"):
+    with pytest.raises(
+        UserError, match=rf"^The recordings have changed since the unfinished run .*near .*{first.name}"
+    ):
         build(AudioFolder(sounds.folder), tmp_path / "out", settings={"pad": "drop", "seed": 0}, resume=True)
     assert work.exists()
 

@@ -66,16 +66,21 @@ def test_different_records_are_not_mixed_up(dataset):
 
 
 @pytest.mark.parametrize("features", [
-    None, Features(mel=Value("float32")), Features(front_end=Value("int64")), Features(front_end=ClassLabel(names=["a", "b"])),
+    None, Features(mel=Value("float32")), Features(front_end=Value("int64")),
+    Features(front_end=ClassLabel(names=["a", "b"])),
 ])  # fmt: skip
 def test_a_dataset_without_a_record(features):
-    with pytest.raises(UserError, match=r"^The dataset has no column 'front_end' .*: make it with audio_to_images.py.$"):
+    with pytest.raises(
+        UserError, match=r"^The dataset has no column 'front_end' .*: make it with audio_to_images.py.$"
+    ):
         read_record(features)
 
 
 @pytest.mark.parametrize("name", ["cats", json.dumps({}), json.dumps([1])])
 def test_a_column_of_one_class_that_is_no_record(name):
-    with pytest.raises(UserError, match=r"^The dataset has no column 'front_end' .*: make it with audio_to_images.py.$"):
+    with pytest.raises(
+        UserError, match=r"^The dataset has no column 'front_end' .*: make it with audio_to_images.py.$"
+    ):
         read_record(Features(front_end=ClassLabel(names=[name])))
 
 
@@ -87,7 +92,7 @@ def test_folders(tmp_path, dataset):
     dataset.select([0, 1]).save_to_disk(tmp_path / "one")
     assert len(load_split(str(tmp_path / "both"))) == 5 and len(load_split(str(tmp_path / "both"), "test")) == 1
     assert len(load_split(str(tmp_path / "one"))) == 2
-    with pytest.raises(UserError, match="both has no split 'validation'; it has train, test.$"):
+    with pytest.raises(UserError, match=r"both has no split 'validation'; it has train, test.$"):
         load_split(str(tmp_path / "both"), "validation")
 
 
@@ -111,5 +116,5 @@ def test_what_cannot_be_loaded(tmp_path, dataset, monkeypatch):
         with pytest.raises(UserError, match=f"^The dataset .*/{name} cannot be loaded: .*{reason}") as caught:
             load_split(str(tmp_path / name), **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="^The dataset nobody/nothing cannot be loaded: "):
+    with pytest.raises(UserError, match=r"^The dataset nobody/nothing cannot be loaded: "):
         load_split("nobody/nothing")

@@ -83,14 +83,16 @@ def test_rows_are_the_slices_of_the_recordings(tmp_path, preset, rate, size, sec
     assert mels.std() > 0.02
     np.testing.assert_allclose(rows["mel"], mels, atol=HALF)
     assert abs(part.seconds - sum(seconds)) < 1e-3
-    too_short = [file.name for file, length in zip(files, seconds, strict=True) if length * mel.config.sample_rate < size]
+    too_short = [
+        file.name for file, length in zip(files, seconds, strict=True) if length * mel.config.sample_rate < size
+    ]
     assert [name for name, _ in part.rejects] == (too_short if pad == "drop" else [])
 
 
 def test_why_a_short_recording_is_dropped(tmp_path):
     _, part, _ = convert(noise(tmp_path / "a.wav", 0.5), pad="drop")
     assert part.rejects == [
-        ("a.wav", "is shorter than one slice (0.50 s, a slice is 1.02 s; use --pad pad)"),
+        ("a.wav", "is shorter than one slice (0.50 s, a slice is 1.02 s; --pad pad keeps it)"),
     ]  # fmt: skip
 
 
@@ -107,9 +109,11 @@ def test_a_long_recording_is_never_in_memory_as_a_whole(tmp_path):
 
 def test_slices_of_many_recordings_share_a_batch(tmp_path):
     files = [noise(tmp_path / f"{'x' * (i % 7)}{i}.wav", 0.5) for i in range(70)]
-    rows, part, converter = convert(*files)
+    rows, _, converter = convert(*files)
     assert list(rows["audio_file"]) == [file.name for file in files]
-    alone = [converter.mel.encode(torch.from_numpy(np.pad(librosa.load(f, sr=8000)[0], (0, 4191)))[None]) for f in files]
+    alone = [
+        converter.mel.encode(torch.from_numpy(np.pad(librosa.load(f, sr=8000)[0], (0, 4191)))[None]) for f in files
+    ]
     np.testing.assert_allclose(rows["mel"], torch.cat(alone).numpy(), atol=HALF)
 
 
@@ -228,7 +232,9 @@ def test_columns_of_the_recordings_come_along(tmp_path):
 ])  # fmt: skip
 def test_a_column_whose_name_is_taken(name, options):
     mel = MelSpectrogram.from_preset("fsdd-64")
-    with pytest.raises(UserError, match=f"^The recordings come with a column '{name}', a name that is taken: rename it.$"):
+    with pytest.raises(
+        UserError, match=f"^The recordings come with a column '{name}', a name that is taken: rename it.$"
+    ):
         MelConverter(mel, Features({name: Value("string")}), "overlap", -60, *(options or (None, False)))
     if options:
         MelConverter(mel, Features({name: Value("string")}), "overlap", -60, None, False)

@@ -23,7 +23,9 @@ def figure(monkeypatch):
     """The figures that are saved, drawn to their end."""
     saved = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: (save(self, *args, **options), saved.append(self)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: (save(self, *args, **options), saved.append(self))
+    )
     return saved
 
 
@@ -33,7 +35,7 @@ def test_a_tone_is_bright_at_its_tick(tmp_path, figure, preset, frequency):
     mel = MelSpectrogram.from_preset(preset)
     draw_mels(tone(mel, frequency), mel, tmp_path / "tone.png", ["tone"])
     axis = figure[0].axes[0]
-    ticks = {label.get_text(): position for position, label in zip(axis.get_yticks(), axis.get_yticklabels())}
+    ticks = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
     image = axis.get_images()[0]
     brightest = np.asarray(image.get_array())[:, 8:-8].mean(1).argmax()
     assert abs(brightest - ticks[str(frequency)]) <= 1
@@ -45,7 +47,9 @@ def test_a_tone_is_bright_at_its_tick(tmp_path, figure, preset, frequency):
     # The same in the picture itself: the row of the tick is the brightest, and low frequencies are below.
     picture = np.array(Image.open(tmp_path / "tone.png").convert("RGB"), dtype=float).sum(2)
     box = axis.get_window_extent()
-    rows = picture[picture.shape[0] - int(box.y1) + 2 : picture.shape[0] - int(box.y0) - 2, int(box.x0) + 20 : int(box.x1) - 20]
+    rows = picture[
+        picture.shape[0] - int(box.y1) + 2 : picture.shape[0] - int(box.y0) - 2, int(box.x0) + 20 : int(box.x1) - 20
+    ]
     y = axis.transData.transform((0, ticks[str(frequency)]))[1]
     height_of_a_band = (box.y1 - box.y0) / mel.config.n_mels
     assert abs(box.y1 - 2 - rows.mean(1).argmax() - y) <= 2 * height_of_a_band + 2
