@@ -7,6 +7,7 @@ end on one of them, so an error of the end means that some have strayed to anoth
 """
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from tonefield.schedulers import empirical_denoiser
 
 
 SIGMA_DATA = 0.5
-STEPS = {
+STEPS: dict[Any, tuple[int, ...]] = {
     "euler": (10, 18, 35, 70),
     "heun": (5, 9, 18, 36),
     "dpmsolver++": (5, 10, 18, 35),
@@ -51,28 +52,25 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(data)} charges of {data[0].numel()} elements, {args.batch} samples")
     print("| D | solver | network calls | error of the end, rms | ends elsewhere |\n|---|---|---|---|---|")
     for aug_dim in (1, 128, None):
-        latents, exact, calls = None, None, 0
 
         def denoise(x, sigma, aug_dim=aug_dim):
             return empirical_denoiser(x, data, sigma, aug_dim)
 
+        settings: dict[str, Any] = dict(aug_dim=aug_dim, prediction_type="sample", prior_radius_quantile=0.99)
+        scheduler = PoissonFlowScheduler(**settings)
+        sigma_max = scheduler.config.sigma_max
+        generator = torch.Generator().manual_seed(0)
+        latents = scheduler.sample_noise((args.batch, *data.shape[1:]), generator, dtype=torch.float64) * sigma_max
+        exact: Any = scheduler.integrate(denoise, latents, sigma_max, 0, rtol=1e-9, atol=1e-9)
         for solver, counts in STEPS.items():
-            scheduler = PoissonFlowScheduler(
-                aug_dim=aug_dim, solver_type=solver, prediction_type="sample", prior_radius_quantile=0.99
-            )
-            if latents is None:
-                generator = torch.Generator().manual_seed(0)
-                shape = (args.batch, *data.shape[1:])
-                latents = scheduler.sample_noise(shape, generator, dtype=torch.float64) * scheduler.config.sigma_max
-                exact = scheduler.integrate(denoise, latents, scheduler.config.sigma_max, 0, rtol=1e-9, atol=1e-9)
+            scheduler = PoissonFlowScheduler(solver_type=solver, **settings)
             for steps in counts:
                 scheduler.set_timesteps(steps)
-                sample, calls = latents, 0
-                for t in scheduler.timesteps.double():
-                    denoised = denoise(sample, (4 * t).exp().item())
-                    sample = scheduler.step(denoised, t.float(), sample).prev_sample
-                    calls += 1
-                print(row(aug_dim, solver, calls, sample - exact), flush=True)
+                sample = latents
+                for t in scheduler.timesteps:
+                    denoised = denoise(sample, (4 * t.double()).exp().item())
+                    sample = scheduler.step(denoised, t, sample).prev_sample
+                print(row(aug_dim, solver, len(scheduler.timesteps), sample - exact), flush=True)
         for tolerance in (1e-2, 1e-3, 1e-4):
             calls = 0
 
@@ -81,9 +79,7 @@ def main(args: argparse.Namespace) -> None:
                 calls += 1
                 return denoise(x, sigma)
 
-            sample = scheduler.integrate(
-                counted, latents, scheduler.config.sigma_max, 0, rtol=tolerance, atol=tolerance
-            )
+            sample: Any = scheduler.integrate(counted, latents, sigma_max, 0, rtol=tolerance, atol=tolerance)
             print(row(aug_dim, f"adaptive, tolerance {tolerance:g}", calls, sample - exact), flush=True)
 
 
