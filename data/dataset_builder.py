@@ -167,9 +167,10 @@ class DatasetBuilder:
             raise UserError(f"Another run is writing {output_dir} right now.") from None
         except OSError as error:
             raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
-        if plan.exists() and not resume:
+        begun = plan.exists() and any(self.work.glob("*-*.json"))  # at least one part is finished
+        if begun and not resume:
             raise UserError(f"{self.work} holds an unfinished run: add --resume to finish it, or delete that folder.")
-        if plan.exists():
+        if begun:
             self._check_settings(json.loads(plan.read_text()))
         else:
             self._write(plan, json.dumps(self.settings))

@@ -304,7 +304,9 @@ def test_previews(tmp_path, sounds, capsys, ref):
 def test_the_default_output_folder(tmp_path, sounds, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(parse_args(["--input_dir", str(sounds), "--preset", "fsdd-64", "--num_proc", "1", "--max_examples", "2"]))
-    assert load_from_disk(parse_args(["--input_dir", "x"]).output_dir).num_rows == {"train": 2}
+    assert load_from_disk(tmp_path / "mels" / sounds.name).num_rows == {"train": 2}
+    assert parse_args(["--input_dir", "some/where/"]).output_dir == os.path.join("mels", "where")
+    assert parse_args(["--dataset_name", "someone/clips"]).output_dir == os.path.join("mels", "clips")
 
 
 def test_a_recipe(tmp_path, sounds):

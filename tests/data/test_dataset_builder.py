@@ -278,3 +278,9 @@ def test_an_empty_folder_and_the_present_one_can_be_written(tmp_path, sounds, mo
     monkeypatch.chdir(tmp_path / "empty")
     build(sounds, ".")
     assert sum(load_from_disk(tmp_path / "empty").num_rows.values()) == 36
+
+
+def test_a_run_that_finished_no_part_leaves_nothing_to_resume(tmp_path):
+    DatasetBuilder(tmp_path / "out", {"seed": 1})._lock.release()
+    again = DatasetBuilder(tmp_path / "out", {"seed": 2})
+    assert json.loads((again.work / "plan.json").read_text()) == {"seed": 2}
