@@ -1,6 +1,7 @@
 """Parts and splits, and what is left behind when a run stops half-way."""
 
 import io
+import json
 import weakref
 from pathlib import Path
 
