@@ -17,9 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .tonefield_mel_editing import (
     Mask,
+    around_ring,
     circular_in_time,
     decode_ring,
-    encode_ring,
     frame_of_samples,
     interpolate_latents,
     is_spans,
@@ -169,7 +169,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         if self.mel is None:
             return 'import {library}\n\n\npipe = {load}\npipe(output_type="pil").images[0].save("picture.png")'
         return (
-            "import soundfile\nimport {library}\n\n\npipe = {load}\nsound = pipe()\n"
+            "import {library}\nimport soundfile\n\n\npipe = {load}\nsound = pipe()\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
         )
 
@@ -206,17 +206,13 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 f" at {c.sample_rate} Hz): cut it with `pipe.mel.slices`, or fill it up with zeros."
             )
         if not loop:
-            return _Source(*self._encode_with_reference(audio), audio)
+            mel, reference = self.mel.encode(audio, return_reference=True)
+            return _Source(mel, audio, reference)
         audio = torch.nn.functional.pad(audio[:, None], (0, ring - audio.shape[1]), mode="replicate")[:, 0]
-        references = []
-
-        def encode(waveform: torch.Tensor) -> torch.Tensor:
-            mel, reference = self.mel.encode(waveform, return_reference=True)
-            references.append(reference)
-            return mel
-
-        mel = encode_ring(encode, audio, c.num_frames, c.hop_length, self._ring_margin)
-        return _Source(mel, audio, references[0])
+        margin = self._ring_margin
+        around = around_ring(ring, margin * c.hop_length).to(audio.device)
+        mel, reference = self.mel.encode(audio[:, around], return_reference=True)
+        return _Source(mel[..., margin : margin + c.num_frames], audio, reference)
 
     @property
     def _ring_margin(self) -> int:
@@ -256,17 +252,19 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self,
         batch_size: int,
         class_labels: Labels,
+        num_inference_steps: int,
         guidance_scale: float,
         audio: Sounds | None,
         strength: float | None,
         mask: Mask | None,
         temperature: float,
-        loop: bool,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1.")
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"guidance_scale is {guidance_scale}, but there are no class_labels to guide towards.")
         if strength is not None and not 0 <= strength <= 1:
@@ -277,8 +275,6 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError("audio is given, but not what to do with it: add strength (0 to 1), or mask.")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}: it must be positive; 1 leaves the noise as it is.")
-        if loop and self.mel is None and not isinstance(self.unet, torch.nn.Module):
-            raise ValueError("loop needs a network whose convolutions can be seen.")
         if output_type not in ("np", "pt", "mel", "pil"):
             raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel or pil.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -457,8 +453,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            batch_size, class_labels, guidance_scale, audio, strength, mask, temperature, loop, output_type,
-            callback_on_step_end_tensor_inputs,
+            batch_size, class_labels, num_inference_steps, guidance_scale, audio, strength, mask, temperature,
+            output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         device = self._execution_device

@@ -57,23 +57,29 @@ def distance_to(new: torch.Tensor, ring: bool = False) -> torch.Tensor:
     length = new.shape[1]
     if ring:
         return distance_to(new.repeat(1, 3))[:, length : 2 * length]
-    position = torch.arange(length, dtype=torch.float64, device=new.device).expand_as(new)
+    position = torch.arange(length, dtype=torch.float32, device=new.device).expand_as(new)
     before = position - torch.where(new, position, -math.inf).cummax(1).values
     after = torch.where(new, position, math.inf).flip(1).cummin(1).values.flip(1) - position
     return torch.minimum(before, after)
 
 
+def crossfade(into: torch.Tensor, out_of: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+    """
+    From one sound (progress 0) into another (1). The squares of both gains add up to 1, so that the power stays: their
+    phases have nothing to do with one another. Both gains begin and end with slope 0, so that no kink is heard.
+    """
+    angle = (1 - torch.cos(math.pi * progress)) * (math.pi / 4)
+    return angle.sin().to(into.dtype) * into + angle.cos().to(into.dtype) * out_of
+
+
 def paste(kept: torch.Tensor, made: torch.Tensor, new: torch.Tensor, fade: int, ring: bool = False) -> torch.Tensor:
     """
-    `made` where `new`, `kept` elsewhere, and for `fade` samples around `new` a cross-fade of equal power (the squares
-    of both gains add up to 1, since the phases of the two sounds have nothing to do with one another).
+    `made` where `new`, `kept` elsewhere, and for `fade` samples around `new` a [`crossfade`].
 
     All are of shape (batch, samples). More than `fade` samples away from `new`, `kept` comes back bit for bit.
     """
     distance = distance_to(new, ring)
-    angle = (distance / (fade + 1)).clamp(max=1) * (math.pi / 2)
-    mixed = angle.sin().to(kept.dtype) * kept + angle.cos().to(kept.dtype) * made
-    return torch.where(distance > fade, kept, mixed)
+    return torch.where(distance > fade, kept, crossfade(kept, made, (distance / (fade + 1)).clamp(max=1)))
 
 
 # Loops: time as a ring
@@ -108,10 +114,9 @@ def circular_in_time(model: torch.nn.Module) -> Iterator[None]:
             del conv._conv_forward
 
 
-def encode_ring(encode: Callable, waveform: torch.Tensor, num_frames: int, hop: int, margin: int) -> torch.Tensor:
-    """The mel of a loop of num_frames * hop samples: `encode` it with `margin` frames of context around it."""
-    around = torch.arange(-margin * hop, (num_frames + margin) * hop, device=waveform.device) % waveform.shape[1]
-    return encode(waveform[:, around])[..., margin : margin + num_frames]
+def around_ring(length: int, margin: int) -> torch.Tensor:
+    """Places on a ring of `length`: once around, with `margin` more before and after."""
+    return torch.arange(-margin, length + margin) % length
 
 
 def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int) -> torch.Tensor:
@@ -122,13 +127,12 @@ def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int) -> t
     margin makes the beginning the continuation of the end.
     """
     frames = mel.shape[-1]
-    around = torch.arange(-margin, frames + margin, device=mel.device) % frames
-    waveform = decode(mel[..., around])
+    waveform = decode(mel[..., around_ring(frames, margin).to(mel.device)])
     length, fade = frames * hop, min(frames, margin // 2) * hop
     loop = waveform[:, margin * hop :][:, :length].clone()
     beyond = waveform[:, margin * hop + length :][:, :fade]
-    angle = torch.arange(fade, device=mel.device, dtype=loop.dtype) / fade * (math.pi / 2)
-    loop[:, :fade] = angle.sin() * loop[:, :fade] + angle.cos() * beyond
+    progress = torch.arange(fade, device=mel.device, dtype=loop.dtype) / fade
+    loop[:, :fade] = crossfade(loop[:, :fade], beyond, progress)
     return loop
 
 
@@ -141,13 +145,13 @@ def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor)
 
         |a|^(1 - w) |b|^w (sin((1 - w) o) a / |a| + sin(w o) b / |b|) / sin(o),    o the angle between them.
     """
-    x, y = a.double().flatten(), b.double().flatten()
+    x, y = a.cpu().double().flatten(), b.cpu().double().flatten()
     norm_x, norm_y = x.norm(), y.norm()
     x, y = x / norm_x, y / norm_y
     omega = 2 * torch.atan2((x - y).norm(), (x + y).norm())
-    w = weights.double()[:, None].to(x.device)
+    w = weights.cpu().double()[:, None]
     # sin(w o) / sin(o), written so that o = 0 gives w
     from_x = (1 - w) * torch.sinc((1 - w) * omega / math.pi) / torch.sinc(omega / math.pi)
     from_y = w * torch.sinc(w * omega / math.pi) / torch.sinc(omega / math.pi)
     path = norm_x ** (1 - w) * norm_y**w * (from_x * x + from_y * y)
-    return path.reshape(-1, *a.shape[1:]).to(a.dtype)
+    return path.reshape(-1, *a.shape[1:]).to(a)

@@ -91,13 +91,16 @@ class SelfContainedPipelineMixin:
         folder = Path(save_directory)
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        index.pop("_name_or_path", None)  # where the pipeline was loaded from, on the machine that saves it
         index["_class_name"] = [copy_source(type(self), folder, siblings=True), type(self).__name__]
         for name, component in self.components.items():
             cls = type(getattr(component, "_orig_mod", component))  # a compiled model wraps the original
             if component is not None and cls.__module__.split(".")[0] not in LOADABLE_CLASSES:
                 index[name] = [copy_source(cls, folder / name, siblings=False), cls.__name__]
-        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        index_file.write_text(json.dumps(index), encoding="utf-8")
+        for file in [index_file, *(file for name in self.components for file in (folder / name).glob("*config.json"))]:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # where it was loaded from, on the machine that saves it
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         card = folder / "README.md"
         if not card.exists() or CARD_MARK in card.read_text(encoding="utf-8"):
             card.write_text(self.model_card(folder.resolve().name), encoding="utf-8")
@@ -125,7 +128,7 @@ class SelfContainedPipelineMixin:
             facts = {"datasets": metadata.datasets, "license": metadata.license, **facts}
         rows = [
             f"| {key.replace('_', ' ')} | {', '.join(map(str, value)) if isinstance(value, list) else value} |"
-            for key, value in facts.items()
+            for key, value in sorted(facts.items())
             if value is not None
         ]
         training = ["## Training", "", "| | |", "|---|---|", *rows, ""] if rows else []
@@ -139,16 +142,14 @@ class SelfContainedPipelineMixin:
             *training,
             "## Use\n",
             "With [diffusers](https://github.com/huggingface/diffusers) alone, which runs the code in here:\n",
-            self._card_snippet(
-                "diffusers", f'diffusers.DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)'
-            ),
+            self._card_snippet("diffusers", f'DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)'),
             f"With {PACKAGE}, which runs its own code:\n",
-            self._card_snippet(PACKAGE, f'{PACKAGE}.load("{name}")'),
+            self._card_snippet(PACKAGE, f'load("{name}")'),
         ]
         return "\n".join(lines)
 
     def _card_snippet(self, library: str, load: str) -> str:
-        return f"```python\n{self.card_example.format(library=library, load=load)}\n```\n"
+        return f"```python\n{self.card_example.format(library=library, load=f'{library}.{load}')}\n```\n"
 
     # ----- loading. With tonefield installed nothing of the repository has to be run, so nothing has to be trusted:
     # its modules are replaced by the installed ones. `DiffusionPipeline.from_pretrained` does not come through here.
