@@ -480,7 +480,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         # The part of the grid that is walked, and the noise to begin with
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         walked = num_inference_steps
-        if strength is not None and strength < 1:
+        if strength is not None:
             walked = max(1, round(strength * num_inference_steps)) if strength > 0 else 0
         begin = (num_inference_steps - walked) * self.scheduler.order
         timesteps = self.scheduler.timesteps[begin:]

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, MMAudioVocoder
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, MMAudioVocoder, UNet2DModel
 from exact_networks import GaussianDenoiser, exact, quiet, seeds
+from scipy import stats
 
 from tonefield import MelPFGMPipeline, MelSpectrogram, PoissonFlowScheduler, ScoreSDEScheduler
 
@@ -61,6 +62,8 @@ def test_score_sde(solver, mel, data):
     which, distance = nearest(mels, data)
     assert distance.max() < 0.05  # noise of sigma_min = 0.01 remains
     assert len(which.unique()) > 2
+    again = pipe(num_inference_steps=200, generator=seeds(7), output_type="mel").mels
+    torch.testing.assert_close(again, mels[7:8])
     mels = pipe(audio=data[1:2], strength=0.3, num_inference_steps=50, generator=seeds(0), output_type="mel").mels
     assert nearest(mels, data)[0].item() == 1
 
@@ -121,6 +124,19 @@ def test_temperature_scales_the_noise():
     # The numbers that come out have the law that the network knows.
     numbers = pipe(4000, num_inference_steps=40, generator=torch.Generator().manual_seed(0), output_type="mel").images
     assert abs(numbers.std() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("aug_dim", [1, 4, None])
+def test_noise_has_the_law_of_the_scheduler(aug_dim):
+    """What a linear flow makes of noise is noise: R^2 / (N spread^2) ~ F(N, D)."""
+    pipe = quiet(
+        MelPFGMPipeline(GaussianDenoiser(0.5), PoissonFlowScheduler(aug_dim=aug_dim, prediction_type="sample"))
+    )
+    generator = torch.Generator().manual_seed(1)
+    made = pipe(2000, num_inference_steps=100, generator=generator, output_type="mel").images
+    ratio = made.flatten(1).square().mean(1).numpy() / 0.25
+    law = stats.f(16, aug_dim) if aug_dim else stats.chi2(16, scale=1 / 16)
+    assert stats.kstest(ratio, law.cdf).pvalue > 0.01
 
 
 def test_callbacks_see_and_change_the_latents(make_pipe, data):
@@ -214,21 +230,21 @@ def test_guidance_extrapolates_the_denoised_sample(mel, data, kind):
 
 def test_guidance_of_fields_is_that_of_denoisers(random_pipe, mel):
     """A PFGM network and the denoiser inside of it, guided, make the same sound."""
-    from diffusers import UNet2DModel
-
     torch.manual_seed(1)
-    config = {**random_pipe.unet.config, "out_channels": 2}
-    field = UNet2DModel.from_config(config).eval()
-    torch.nn.init.constant_(field.conv_out.bias, -1.0)  # the last component of a field is negative
+    field = UNet2DModel.from_config({**random_pipe.unet.config, "out_channels": 2}).eval()
+    torch.nn.init.constant_(field.conv_out.bias, -2.0)  # the last component of a field is negative
+    field.class_embedding.weight.data *= 30
     pipe = quiet(MelPFGMPipeline(field, PoissonFlowScheduler(aug_dim=1, prediction_type="field"), mel))
-    scheduler = pipe.scheduler
     noise = pipe.prepare_noise(2, seeds(0, 1)) * 80
-    t = scheduler.timesteps[0]
+    t = pipe.scheduler.timesteps[0]
     with torch.no_grad():
         outputs = [field(noise, t, torch.tensor([c, c])).sample for c in (3, 0)]
-        null, label = (scheduler.precondition_outputs(noise, output, 80.0) for output in outputs)
-        mels = pipe(2, 0, 1, 3.0, latents=noise, output_type="mel").mels
-    torch.testing.assert_close(mels, null + 3 * (label - null), rtol=1e-3, atol=1e-2)
+    null, label = (pipe.scheduler.precondition_outputs(noise, output, 80.0) for output in outputs)
+    expected = null + 3 * (label - null)
+    mels = pipe(2, 0, 1, 3.0, latents=noise, output_type="mel").mels
+    torch.testing.assert_close(mels, expected, rtol=1e-3, atol=1e-2)
+    of_outputs = pipe.scheduler.precondition_outputs(noise, outputs[0] + 3 * (outputs[1] - outputs[0]), 80.0)
+    assert (of_outputs - expected).norm() > 0.1 * expected.norm()
 
 
 # Given sound
