@@ -16,14 +16,18 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
 
 if TYPE_CHECKING:
     from .models import MelSpectrogram as MelSpectrogram
+    from .pipelines import MelPFGMPipeline as MelPFGMPipeline
+    from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
     from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
         "PoissonFlowScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
+        "load": "pipelines",
     },
 )

@@ -1,0 +1,48 @@
+"""One call that loads whichever of tonefield's pipelines a repository holds."""
+
+import inspect
+import os
+
+from diffusers import DiffusionPipeline
+
+import tonefield
+
+
+# What both reading the index and loading the pipeline want to know about a repository.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    """
+    Load a pipeline of tonefield from the Hub or from a folder, without running any code of the repository.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`): Repository id on the Hub, or folder.
+        kwargs: What `from_pretrained` of the pipeline takes: `dtype`, `revision`, `token`, `variant`, components, ...
+
+    Returns:
+        The pipeline, an instance of the class that the repository names.
+
+    Example:
+        ```py
+        pipe = tonefield.load("someone/drum-loops")
+        sound = pipe(generator=torch.Generator().manual_seed(0)).audios[0]
+        ```
+    """
+    name = os.fspath(pretrained_model_name_or_path)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, DiffusionPipeline.config_name)):
+        raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
+    try:
+        config = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{name} is neither a folder nor a pipeline on the Hub that can be read: {reason}") from error
+    class_name = config["_class_name"]
+    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    cls = getattr(tonefield, class_name) if class_name in dir(tonefield) else None
+    if not (inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)):
+        raise ValueError(
+            f"{name} holds a {class_name}, which is no pipeline of tonefield {tonefield.__version__}: load it with"
+            " diffusers.DiffusionPipeline.from_pretrained."
+        )
+    return cls.from_pretrained(name, **kwargs)

@@ -1,0 +1,631 @@
+"""Sound from Poisson flow and diffusion on mel spectrograms, and pictures from the same models without a mel."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from .tonefield_mel_editing import (
+    Mask,
+    around_ring,
+    circular_in_time,
+    decode_ring,
+    frame_of_samples,
+    interpolate_latents,
+    is_spans,
+    paste,
+    read_frames,
+    samples_of_spans,
+)
+from .tonefield_repository import SelfContainedPipelineMixin
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+Sounds = torch.Tensor | np.ndarray
+Labels = int | list[int] | torch.Tensor | None
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import soundfile
+        >>> import tonefield
+        >>> import torch
+
+        >>> pipe = tonefield.load("someone/drum-loops").to("cuda")
+        >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        >>> drums = pipe(batch_size=4, generator=seeds)
+        >>> soundfile.write("drums.wav", drums.audios[0], drums.sampling_rate)
+
+        >>> # The last half second anew, the rest as it was
+        >>> end = drums.audios.shape[1] / drums.sampling_rate
+        >>> other = pipe(audio=drums.audios[0], mask=[(end - 0.5, end)])
+
+        >>> # Without a click when played over and over
+        >>> loop = pipe(loop=True).audios[0]
+        ```
+"""
+
+
+@dataclass
+class MelPFGMPipelineOutput(BaseOutput):
+    """
+    Output of [`MelPFGMPipeline`]; what was not asked for is `None`.
+
+    Args:
+        audios (`np.ndarray` or `torch.Tensor` of shape `(batch_size, samples)`): Sounds in [-1, 1].
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): Pictures.
+        mels (`np.ndarray` or `torch.Tensor` of shape `(batch_size, 1, n_mels, frames)`): What the model generated.
+        sampling_rate (`int`): Samples per second of `audios`.
+    """
+
+    audios: np.ndarray | torch.Tensor | None = None
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
+    mels: np.ndarray | torch.Tensor | None = None
+    sampling_rate: int | None = None
+
+
+@dataclass
+class MelPFGMLikelihoodOutput(BaseOutput):
+    """
+    Output of [`MelPFGMPipeline.log_likelihood`].
+
+    Args:
+        log_likelihood (`torch.Tensor` of shape `(batch_size,)`): In nats, the density of what the model sees.
+        bits_per_dimension (`torch.Tensor` of shape `(batch_size,)`): The negative in bits, per number of the mel.
+    """
+
+    log_likelihood: torch.Tensor
+    bits_per_dimension: torch.Tensor
+
+
+@dataclass
+class _Source:
+    """Given sound: the mel, and the waveform and the level of 0 dB where there are any, each of as many rows."""
+
+    mel: torch.Tensor
+    waveform: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
+def guided_field(sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, config) -> torch.Tensor:
+    """What a PFGM network would return for a denoised sample: -sqrt(N) E / (|E| + gamma), E = (x - Dn, r)."""
+    radius = (sigma * config.aug_dim**0.5).to(sample).expand(len(sample), 1)
+    field = torch.cat([(sample - denoised).flatten(1), radius], dim=1)
+    field = -((field.shape[1] - 1) ** 0.5) * field / (field.norm(dim=1, keepdim=True) + config.gamma)
+    last = field[:, -1].reshape(-1, 1, 1, 1).expand(-1, 1, *sample.shape[2:])
+    return torch.cat([field[:, :-1].reshape(sample.shape), last], dim=1)
+
+
+class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
+    r"""
+    Generates sound with a network that denoises mel spectrograms: PFGM, PFGM++, EDM diffusion or a score SDE, as the
+    scheduler says. Without a mel it generates pictures.
+
+    A class-conditional network has one class more than there are labels: the last one, `num_class_embeds - 1`, is the
+    null class. Training puts it in the place of the labels that it drops, guidance starts from it, and sampling
+    without labels uses it.
+
+    Args:
+        unet ([`UNet2DModel`]): Any model that is called as `unet(sample, timestep, class_labels=...)`.
+        scheduler ([`PoissonFlowScheduler`], [`ScoreSDEScheduler`], [`EDMEulerScheduler`], ...):
+            Noise law, grid and solver.
+        mel ([`MelSpectrogram`], *optional*): The front end that the network was trained with.
+        vocoder ([`MMAudioVocoder`], *optional*):
+            Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
+        card (`dict`, *optional*):
+            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+    """
+
+    model_cpu_offload_seq = "unet->vocoder"
+    _exclude_from_cpu_offload = ["mel"]  # noqa: RUF012
+    _optional_components = ["mel", "vocoder"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        mel: ModelMixin | None = None,
+        vocoder: ModelMixin | None = None,
+        card: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, mel=mel, vocoder=vocoder)
+        self.register_to_config(card=card)
+        if vocoder is not None and (mel is None or mel.config.method != "bigvgan"):
+            raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale not in (0, 1)
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def num_classes(self) -> int:
+        """The number of labels, without the null class."""
+        return (self.unet.config.get("num_class_embeds") or 1) - 1
+
+    @property
+    def card_example(self) -> str:
+        if self.mel is None:
+            return 'import {library}\n\n\npipe = {load}\npipe(output_type="pil").images[0].save("picture.png")'
+        return (
+            "import {library}\nimport soundfile\n\n\npipe = {load}\nsound = pipe()\n"
+            'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
+        )
+
+    # ----- what comes in
+
+    def _sample_shape(self) -> tuple[int, int, int]:
+        channels = self.unet.config.in_channels
+        if self.mel is not None:
+            return channels, self.mel.config.n_mels, self.mel.config.num_frames
+        size = self.unet.config.sample_size
+        return channels, *((size, size) if isinstance(size, int) else size)
+
+    def _read_audio(self, audio: Sounds, loop: bool = False) -> _Source:
+        audio = torch.as_tensor(audio).to(self._execution_device, torch.float32)
+        shape = self._sample_shape()
+        if audio.ndim == 4:
+            if audio.shape[1:] != shape:
+                raise ValueError(
+                    f"audio has shape {tuple(audio.shape)}: a mel must be of shape (batch_size, {shape})."
+                )
+            return _Source(audio)
+        if self.mel is None:
+            raise ValueError(
+                f"audio is a waveform, but there is no mel to see it with: pass (batch_size, {shape}), or add a mel."
+            )
+        if audio.ndim not in (1, 2):
+            raise ValueError(f"audio has shape {tuple(audio.shape)}: it must be (samples,) or (batch_size, samples).")
+        audio = audio.reshape(-1, audio.shape[-1])
+        c, expected = self.mel.config, self.mel.slice_samples
+        ring = c.num_frames * c.hop_length
+        if audio.shape[1] != expected and not (loop and audio.shape[1] == ring):
+            raise ValueError(
+                f"audio has {audio.shape[1]} samples, but the model sees {expected} ({expected / c.sample_rate:.3f} s"
+                f" at {c.sample_rate} Hz): cut it with `pipe.mel.slices`, or fill it up with zeros."
+            )
+        if not loop:
+            mel, reference = self.mel.encode(audio, return_reference=True)
+            return _Source(mel, audio, reference)
+        audio = torch.nn.functional.pad(audio[:, None], (0, ring - audio.shape[1]), mode="replicate")[:, 0]
+        margin = self._ring_margin
+        around = around_ring(ring, margin * c.hop_length).to(audio.device)
+        mel, reference = self.mel.encode(audio[:, around], return_reference=True)
+        return _Source(mel[..., margin : margin + c.num_frames], audio, reference)
+
+    @property
+    def _ring_margin(self) -> int:
+        """Frames of context around a loop: four windows' worth."""
+        return 4 * -(-self.mel.config.n_fft // self.mel.config.hop_length)
+
+    def _read_mask(self, mask: Mask, loop: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mask over frames and the mask over samples; the latter is `None` without a mel."""
+        frames = self._sample_shape()[2]
+        if self.mel is None:
+            if is_spans(mask):
+                raise ValueError(f"mask is {mask}, but there are no seconds without a mel: give {frames} booleans.")
+            return read_frames(mask, frames), None
+        c = self.mel.config
+        num_samples = frames * c.hop_length if loop else self.mel.slice_samples
+        frame = frame_of_samples(num_samples, frames, c.hop_length, c.method == "image", loop)
+        if not is_spans(mask):
+            new_frames = read_frames(mask, frames)
+            return new_frames, new_frames[:, frame.to(new_frames.device)]
+        new_samples = samples_of_spans(mask, c.sample_rate, num_samples)
+        new_frames = torch.zeros(1, frames, dtype=torch.bool)
+        new_frames[0, frame[new_samples[0]]] = True
+        return new_frames, new_samples
+
+    def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
+        if class_labels is None:
+            return None
+        labels = torch.as_tensor(class_labels).reshape(-1)
+        if self.num_classes == 0:
+            raise ValueError(f"class_labels is {labels.tolist()}, but the network has no classes: leave it out.")
+        wrong = [label for label in labels.tolist() if label not in range(self.num_classes)]
+        if wrong:
+            raise ValueError(f"class_labels holds {wrong[0]}: labels are 0 to {self.num_classes - 1}.")
+        return labels.to(self._execution_device, torch.long)
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        class_labels: Labels,
+        num_inference_steps: int,
+        guidance_scale: float,
+        audio: Sounds | None,
+        strength: float | None,
+        mask: Mask | None,
+        temperature: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1.")
+        if guidance_scale != 1 and class_labels is None:
+            raise ValueError(f"guidance_scale is {guidance_scale}, but there are no class_labels to guide towards.")
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}: it must lie between 0 (the audio itself) and 1 (new sound).")
+        if audio is None and (strength is not None or mask is not None):
+            raise ValueError(f"{'mask' if strength is None else 'strength'} needs the audio that it speaks of.")
+        if audio is not None and strength is None and mask is None:
+            raise ValueError("audio is given, but not what to do with it: add strength (0 to 1), or mask.")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it must be positive; 1 leaves the noise as it is.")
+        if output_type not in ("np", "pt", "mel", "pil"):
+            raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel or pil.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {unknown.pop()!r}: it is one of"
+                f" {', '.join(self._callback_tensor_inputs)}."
+            )
+
+    # ----- the network
+
+    def _network(self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The network's output in the precision of the sample, whatever its own is."""
+        return self.unet(sample.to(self.unet.dtype), timestep, class_labels=labels).sample.to(sample.dtype)
+
+    def _all_labels(self, labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """One label per sample; the null class where none is given."""
+        if self.num_classes == 0:
+            return None
+        if labels is None:
+            labels = torch.tensor([self.num_classes], device=self._execution_device)
+        return labels.expand(batch_size)
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """
+        The network's output, guided: Dn = Dn_null + w (Dn_label - Dn_null) (https://huggingface.co/papers/2207.12598).
+
+        All predictions but the field are affine in Dn with the same coefficients for both, so that the outputs can be
+        combined in its place.
+        """
+        model_input = self.scheduler.scale_model_input(latents, timestep)
+        if not self.do_classifier_free_guidance:
+            return self._network(model_input, timestep, labels)
+        null = self._all_labels(None, len(latents))
+        outputs = self._network(torch.cat([model_input] * 2), timestep, torch.cat([null, labels]))
+        config = self.scheduler.config
+        if config.get("prediction_type") != "field":
+            without, towards = outputs.chunk(2)
+            return without + self.guidance_scale * (towards - without)
+        sigma = torch.exp(4 * timestep)
+        denoised = self.scheduler.precondition_outputs(torch.cat([latents] * 2), outputs, sigma)
+        without, towards = denoised.chunk(2)
+        return guided_field(latents, without + self.guidance_scale * (towards - without), sigma, config)
+
+    def _denoiser(self, labels: torch.Tensor | None, bar) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Dn(x, sigma) for `scheduler.integrate`."""
+        if not hasattr(self.scheduler, "precondition_noise") or not hasattr(self.scheduler, "integrate"):
+            raise ValueError(f"{type(self.scheduler).__name__} cannot run backwards: use a PoissonFlowScheduler.")
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            timestep = self.scheduler.precondition_noise(sigma)
+            output = self._network(self.scheduler.scale_model_input(x, timestep), timestep, labels)
+            bar.update()
+            return self.scheduler.precondition_outputs(x, output, sigma)
+
+        return denoise
+
+    # ----- what goes out
+
+    def _sound(
+        self, mels: torch.Tensor, generator: Generators, reference: torch.Tensor | None, loop: bool
+    ) -> torch.Tensor:
+        """Waveforms of mels, from the vocoder or else the Griffin-Lim algorithm."""
+
+        def decode(mels: torch.Tensor) -> torch.Tensor:
+            if self.vocoder is None:
+                return self.mel.decode(mels, generator=generator, reference=reference)
+            low, high = self.mel.value_range
+            log_mels = (self.mel.unstandardize(mels[:, 0]).clamp(-1, 1) + 1) * ((high - low) / 2) + low
+            waveform = self.vocoder(log_mels.to(self.vocoder.dtype)).sample[:, 0].float()
+            return waveform[:, : self.mel.samples_for(mels.shape[-1])]
+
+        if not loop:
+            return decode(mels)
+        return decode_ring(decode, mels, self.mel.config.hop_length, self._ring_margin)
+
+    def _output(
+        self,
+        mels: torch.Tensor,
+        generator: Generators,
+        output_type: str,
+        loop: bool = False,
+        source: _Source | None = None,
+        new_samples: torch.Tensor | None = None,
+    ) -> MelPFGMPipelineOutput:
+        if self.mel is None:
+            kind = "latent" if output_type == "mel" else output_type
+            return MelPFGMPipelineOutput(images=VaeImageProcessor().postprocess(mels, output_type=kind))
+        rate = self.mel.config.sample_rate
+        if output_type == "mel":
+            return MelPFGMPipelineOutput(mels=mels, sampling_rate=rate)
+        if output_type == "pil":
+            return MelPFGMPipelineOutput(images=self.mel.to_image(mels), mels=mels, sampling_rate=rate)
+        source = source or _Source(mels)
+        reference = None if source.reference is None else source.reference.expand(len(mels))
+        audios = self._sound(mels, generator, reference, loop)
+        if source.waveform is not None and new_samples is not None:
+            kept = source.waveform.to(audios.device).expand_as(audios)
+            new = new_samples.to(audios.device).expand(audios.shape)
+            audios = paste(kept, audios, new, self.mel.config.n_fft // 2, loop)
+        if output_type == "np":
+            audios, mels = audios.cpu().numpy(), mels.cpu().numpy()
+        return MelPFGMPipelineOutput(audios=audios, mels=mels, sampling_rate=rate)
+
+    # ----- generation
+
+    def prepare_noise(self, batch_size: int, generator: Generators) -> torch.Tensor:
+        """Noise of the scheduler's law at unit scale, float32."""
+        shape = (batch_size, *self._sample_shape())
+        if hasattr(self.scheduler, "sample_noise"):
+            return self.scheduler.sample_noise(shape, generator, self._execution_device, torch.float32)
+        return randn_tensor(shape, generator, self._execution_device, torch.float32)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: Labels = None,
+        num_inference_steps: int = 18,
+        guidance_scale: float = 1.0,
+        audio: Sounds | None = None,
+        strength: float | None = None,
+        mask: Mask | None = None,
+        temperature: float = 1.0,
+        loop: bool = False,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+    ) -> MelPFGMPipelineOutput | tuple:
+        r"""
+        Generate sound.
+
+        Args:
+            batch_size (`int`, *optional*, defaults to 1):
+                How many sounds; as many as there are in `audio`, `latents` or `class_labels` when those are several.
+            class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            num_inference_steps (`int`, *optional*, defaults to 18): Steps from noise to sound.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                1 follows the labels as they were learnt, more exaggerates them, 0 forgets them.
+            audio (`torch.Tensor` or `np.ndarray`, *optional*):
+                Sound to start from, of shape `(samples,)` or `(batch_size, samples)` and of `mel.slice_samples`
+                samples; or the mels (pictures) themselves, as the model sees them, `(batch_size, channels, n_mels,
+                frames)`.
+            strength (`float`, *optional*):
+                How far a variation may go from `audio`: 0 returns it, 1 does not heed it.
+            mask (`list[tuple[float, float]]`, `torch.Tensor`, `np.ndarray` or `list[bool]`, *optional*):
+                Where new sound is wanted in `audio`: spans of seconds, or a boolean for each frame, of shape
+                `(frames,)` or `(batch_size, frames)`. All other samples come back as they were, but for a cross-fade
+                of half a window (`n_fft / 2`) beside what is new. The less is kept, the less it decides: replacing it at
+                each step is not drawing from the exact conditional law.
+            temperature (`float`, *optional*, defaults to 1.0): Factor on the norm of the noise (of the latents).
+            loop (`bool`, *optional*, defaults to `False`):
+                Time becomes a ring: the sound, of `frames * hop_length` samples, can be repeated without a click.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all randomness. With a list of one per sound, none depends on the batch it is in.
+            latents (`torch.Tensor`, *optional*):
+                The noise to start from, at the first noise level, as [`~MelPFGMPipeline.invert`] returns it.
+            output_type (`str`, *optional*, defaults to `"np"`):
+                `"np"` or `"pt"`: sounds and mels (without a mel, pictures in [0, 1]); `"mel"`: what the model
+                generated, as it is; `"pil"`: pictures.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`MelPFGMPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, {"latents": latents})` after each step. The latents in the
+                dictionary that it returns take the place of the old ones.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                What the callback is shown.
+
+        Examples:
+
+        Returns:
+            [`MelPFGMPipelineOutput`], or a `tuple` of what in it is not `None`.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            batch_size, class_labels, num_inference_steps, guidance_scale, audio, strength, mask, temperature,
+            output_type, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        self._guidance_scale = guidance_scale
+        device = self._execution_device
+        labels = self._read_labels(class_labels)
+        source = None if audio is None else self._read_audio(audio, loop)
+        new_frames, new_samples = (None, None) if mask is None else self._read_mask(mask, loop)
+
+        given = {"audio": source and source.mel, "latents": latents, "class_labels": labels, "mask": new_frames}
+        rows = {name: len(value) for name, value in given.items() if value is not None}
+        if batch_size == 1:
+            batch_size = max([1, *rows.values()])
+        if isinstance(generator, list):
+            rows["generator"] = len(generator)
+        for name, count in rows.items():
+            if count != batch_size and (count != 1 or name == "generator"):
+                raise ValueError(f"{name} has {count} entries for a batch of {batch_size}: give one for each sound.")
+        if latents is not None and latents.shape[1:] != self._sample_shape():
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: they must be (batch, {self._sample_shape()})."
+            )
+        labels = self._all_labels(labels if guidance_scale != 0 else None, batch_size)
+
+        # The part of the grid that is walked, and the noise to begin with
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        walked = num_inference_steps
+        if strength is not None:
+            walked = max(1, round(strength * num_inference_steps)) if strength > 0 else 0
+        begin = (num_inference_steps - walked) * self.scheduler.order
+        timesteps = self.scheduler.timesteps[begin:]
+        self._num_timesteps = len(timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        if latents is None:
+            noise = self.prepare_noise(batch_size, generator)
+        else:
+            latents = latents.to(device, torch.float32)
+            noise = latents.expand(batch_size, -1, -1, -1) / self.scheduler.init_noise_sigma
+        noise = temperature * noise
+        if walked == num_inference_steps:
+            latents = noise * self.scheduler.init_noise_sigma
+        elif walked == 0:
+            latents = source.mel.expand_as(noise)
+            new_samples = torch.zeros(1, 1, dtype=torch.bool)
+        else:
+            latents = self.scheduler.add_noise(source.mel.expand_as(noise), noise, timesteps[:1].expand(batch_size))
+
+        if new_frames is not None:
+            new_frames = new_frames.to(device)[:, None, None]
+
+        with circular_in_time(self.unet) if loop else nullcontext(), self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if new_frames is not None:
+                    # What is kept lies on its own path from the noise to the source, y + sigma * noise.
+                    known = self.scheduler.add_noise(source.mel.expand_as(noise), noise, t.expand(batch_size))
+                    latents = torch.where(new_frames, latents, known)
+                output = self._predict(latents, t, labels)
+                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    shown = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        shown[name] = locals()[name]
+                    latents = callback_on_step_end(self, i, t, shown).pop("latents", latents)
+                bar.update()
+        if new_frames is not None:
+            latents = torch.where(new_frames, latents, source.mel)
+
+        result = self._output(latents, generator, output_type, loop, source, new_samples)
+        self.maybe_free_model_hooks()
+        return result if return_dict else result.to_tuple()
+
+    # ----- the same path upwards
+
+    @torch.no_grad()
+    def invert(
+        self, audio: Sounds, class_labels: Labels = None, rtol: float = 1e-5, atol: float = 1e-5
+    ) -> torch.Tensor:
+        r"""
+        The noise from which the model makes a sound: the sampling equation, solved upwards.
+
+        Args:
+            audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
+            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, n_mels, frames)`: `latents` for `__call__`.
+        """
+        mels = self._read_audio(audio).mel
+        labels = self._all_labels(self._read_labels(class_labels), len(mels))
+        c = self.scheduler.config
+        with self.progress_bar(total=float("inf")) as bar:
+            denoise = self._denoiser(labels, bar)
+            latents = self.scheduler.integrate(denoise, mels, c.sigma_min, c.sigma_max, rtol, atol)
+        self.maybe_free_model_hooks()
+        return latents
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: Sounds,
+        b: Sounds,
+        n: int,
+        class_labels: Labels = None,
+        generator: Generators = None,
+        output_type: str = "np",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+    ) -> MelPFGMPipelineOutput:
+        r"""
+        `n` sounds from `a` to `b`: the noise of both is found, and noise between them made into sound. The noise turns
+        from the one direction to the other at a constant angle while its norm grows at a constant rate.
+
+        Args:
+            a, b (`torch.Tensor` or `np.ndarray`): One sound each, as in `__call__`.
+            n (`int`): Number of sounds, both ends included.
+            class_labels (`int`, *optional*): The label of both.
+            generator, output_type: As in `__call__`; a list of generators has `n` entries.
+            rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
+
+        Returns:
+            [`MelPFGMPipelineOutput`]
+        """
+        ends = [self._read_audio(sound).mel for sound in (a, b)]
+        if n < 2 or any(len(mel) != 1 for mel in ends):
+            raise ValueError(
+                f"n is {n}, and there are {len(ends[0])} and {len(ends[1])} sounds: use n >= 2, one each."
+            )
+        c = self.scheduler.config
+        labels = self._read_labels(class_labels)
+        latents = self.invert(torch.cat(ends), class_labels, rtol, atol)
+        path = interpolate_latents(latents[:1], latents[1:], torch.linspace(0, 1, n, dtype=torch.float64))
+        with self.progress_bar(total=float("inf")) as bar:
+            denoise = self._denoiser(self._all_labels(labels, n), bar)
+            mels = self.scheduler.integrate(denoise, path, c.sigma_max, 0, rtol, atol)
+        result = self._output(mels, generator, output_type)
+        self.maybe_free_model_hooks()
+        return result
+
+    def log_likelihood(
+        self,
+        audio: Sounds,
+        class_labels: Labels = None,
+        divergence: str = "hutchinson",
+        generator: Generators = None,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+    ) -> MelPFGMLikelihoodOutput:
+        r"""
+        How likely the model holds sounds to be: the density of their mels (as the model sees them, with noise of
+        `sigma_min`), by the change of density along the sampling equation.
+
+        Args:
+            audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
+            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            divergence (`"hutchinson"` or `"exact"`, *optional*, defaults to `"hutchinson"`):
+                An unbiased estimate, or the exact value at as many times the cost as a mel has numbers.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Draws the probes of the estimate.
+            rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
+
+        Returns:
+            [`MelPFGMLikelihoodOutput`]
+        """
+        mels = self._read_audio(audio).mel
+        labels = self._all_labels(self._read_labels(class_labels), len(mels))
+        c = self.scheduler.config
+        with self.progress_bar(total=float("inf")) as bar:
+            _, nats = self.scheduler.integrate(
+                self._denoiser(labels, bar), mels, c.sigma_min, c.sigma_max, rtol, atol,
+                log_likelihood=True, divergence=divergence, generator=generator,
+            )  # fmt: skip
+        self.maybe_free_model_hooks()
+        bits = -nats / (mels[0].numel() * np.log(2))
+        return MelPFGMLikelihoodOutput(log_likelihood=nats, bits_per_dimension=bits)

@@ -1,0 +1,157 @@
+"""What pipelines that generate mels share: masks over time, cross-fades, loops, paths between latents.
+
+This file travels with the pipelines, hence no import of tonefield, and a name that nobody else uses: diffusers puts
+the files of all local repositories into one package.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from diffusers.models.downsampling import Downsample2D
+
+
+Mask = torch.Tensor | np.ndarray | Sequence[bool] | Sequence[tuple[float, float]]
+
+
+# Masks: True where new sound is wanted
+
+
+def samples_of_spans(spans: Sequence[tuple[float, float]], sample_rate: int, num_samples: int) -> torch.Tensor:
+    """The samples between the seconds `start` and `end` of every span: bool, of shape (1, num_samples)."""
+    new = torch.zeros(1, num_samples, dtype=torch.bool)
+    duration = num_samples / sample_rate
+    for start, end in spans:
+        if not 0 <= start < end <= duration + 0.5 / sample_rate:
+            raise ValueError(f"mask holds ({start:g}, {end:g}) s: use 0 <= start < end <= {duration:g} s.")
+        new[:, round(start * sample_rate) : round(end * sample_rate)] = True
+    return new
+
+
+def frame_of_samples(num_samples: int, num_frames: int, hop: int, centred: bool, ring: bool) -> torch.Tensor:
+    """The frame that each sample is nearest to; `centred` frames lie on multiples of the hop, others between them."""
+    frame = (torch.arange(num_samples) + (hop // 2 if centred else 0)) // hop
+    return frame % num_frames if ring else frame.clamp(max=num_frames - 1)
+
+
+def is_spans(mask: Mask) -> bool:
+    """Whether a mask is given as (start, end) seconds."""
+    return isinstance(mask, (list, tuple)) and len(mask) > 0 and all(np.shape(span) == (2,) for span in mask)
+
+
+def read_frames(mask: Mask, num_frames: int) -> torch.Tensor:
+    """A mask given frame by frame, as bool of shape (1, num_frames) or (batch, num_frames)."""
+    new = torch.as_tensor(mask)
+    if new.dtype != torch.bool:
+        raise ValueError(f"mask holds {new.dtype}: give booleans, True where new sound is wanted, or a list of spans.")
+    if new.ndim not in (1, 2) or new.shape[-1] != num_frames:
+        raise ValueError(f"mask has shape {tuple(new.shape)}: give one boolean for each of {num_frames} frames.")
+    return new.reshape(-1, num_frames)
+
+
+def distance_to(new: torch.Tensor, ring: bool = False) -> torch.Tensor:
+    """Steps from each position to the nearest True in its row: (rows, length) -> float, infinite where none is."""
+    length = new.shape[1]
+    if ring:
+        return distance_to(new.repeat(1, 3))[:, length : 2 * length]
+    position = torch.arange(length, dtype=torch.float32, device=new.device).expand_as(new)
+    before = position - torch.where(new, position, -math.inf).cummax(1).values
+    after = torch.where(new, position, math.inf).flip(1).cummin(1).values.flip(1) - position
+    return torch.minimum(before, after)
+
+
+def crossfade(into: torch.Tensor, out_of: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+    """
+    From one sound (progress 0) into another (1). The squares of both gains add up to 1, so that the power stays: their
+    phases have nothing to do with one another. Both gains begin and end with slope 0, so that no kink is heard.
+    """
+    angle = (1 - torch.cos(math.pi * progress)) * (math.pi / 4)
+    return angle.sin().to(into.dtype) * into + angle.cos().to(into.dtype) * out_of
+
+
+def paste(kept: torch.Tensor, made: torch.Tensor, new: torch.Tensor, fade: int, ring: bool = False) -> torch.Tensor:
+    """
+    `made` where `new`, `kept` elsewhere, and for `fade` samples around `new` a [`crossfade`].
+
+    All are of shape (batch, samples). More than `fade` samples away from `new`, `kept` comes back bit for bit.
+    """
+    distance = distance_to(new, ring)
+    return torch.where(distance > fade, kept, crossfade(kept, made, (distance / (fade + 1)).clamp(max=1)))
+
+
+# Loops: time as a ring
+
+
+def _circular_conv(conv: torch.nn.Conv2d, after_pad: bool, x: torch.Tensor, weight, bias) -> torch.Tensor:
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    if after_pad:  # the module around it has appended a column of zeros
+        x = torch.cat([x[..., :-1], x[..., :1]], dim=-1)
+    x = torch.nn.functional.pad(x, (left, right, 0, 0), mode="circular")
+    x = torch.nn.functional.pad(x, (0, 0, top, bottom))
+    return torch.nn.functional.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+@contextmanager
+def circular_in_time(model: torch.nn.Module) -> Iterator[None]:
+    """
+    While this lasts, the convolutions of a model see time, the last axis of a picture, as a ring.
+
+    Attention without positions, normalisation and resampling by whole factors do not know where a ring begins; padding
+    is all that tells convolutional networks. With the context the network commutes with rotations of the ring.
+    """
+    # Without padding of its own, a strided convolution of diffusers pads outside of the convolution.
+    padded_outside = {m.conv for m in model.modules() if isinstance(m, Downsample2D) and m.use_conv and m.padding == 0}
+    changed = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    for conv in changed:
+        conv._conv_forward = partial(_circular_conv, conv, conv in padded_outside)
+    try:
+        yield
+    finally:
+        for conv in changed:
+            del conv._conv_forward
+
+
+def around_ring(length: int, margin: int) -> torch.Tensor:
+    """Places on a ring of `length`: once around, with `margin` more before and after."""
+    return torch.arange(-margin, length + margin) % length
+
+
+def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int) -> torch.Tensor:
+    """
+    A loop of frames * hop samples: `decode` the mel with `margin` frames of context around it.
+
+    What follows the end is the beginning again, with other phases. Fading from the one into the other over half of the
+    margin makes the beginning the continuation of the end.
+    """
+    frames = mel.shape[-1]
+    waveform = decode(mel[..., around_ring(frames, margin).to(mel.device)])
+    length, fade = frames * hop, min(frames, margin // 2) * hop
+    loop = waveform[:, margin * hop :][:, :length].clone()
+    beyond = waveform[:, margin * hop + length :][:, :fade]
+    progress = torch.arange(fade, device=mel.device, dtype=loop.dtype) / fade
+    loop[:, :fade] = crossfade(loop[:, :fade], beyond, progress)
+    return loop
+
+
+# Latents
+
+
+def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    From `a` to `b` of shape (1, ...): directions on the great circle between them, norms on the geometric path,
+
+        |a|^(1 - w) |b|^w (sin((1 - w) o) a / |a| + sin(w o) b / |b|) / sin(o),    o the angle between them.
+    """
+    x, y = a.cpu().double().flatten(), b.cpu().double().flatten()
+    norm_x, norm_y = x.norm(), y.norm()
+    x, y = x / norm_x, y / norm_y
+    omega = 2 * torch.atan2((x - y).norm(), (x + y).norm())
+    w = weights.cpu().double()[:, None]
+    # sin(w o) / sin(o), written so that o = 0 gives w
+    from_x = (1 - w) * torch.sinc((1 - w) * omega / math.pi) / torch.sinc(omega / math.pi)
+    from_y = w * torch.sinc(w * omega / math.pi) / torch.sinc(omega / math.pi)
+    path = norm_x ** (1 - w) * norm_y**w * (from_x * x + from_y * y)
+    return path.reshape(-1, *a.shape[1:]).to(a)

@@ -1,0 +1,174 @@
+"""Pipelines whose repositories hold their own code and their own model card.
+
+`DiffusionPipeline.save_pretrained` writes configurations and weights, but not the classes that are not diffusers' own:
+such a repository loads only where these classes are installed, and from the Hub not even there. Here the code is
+written beside them, in the layout that `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` reads:
+
+    model_index.json    "_class_name": ["pipeline_x", "XPipeline"], "scheduler": ["scheduling_y", "YScheduler"], ...
+    pipeline_x.py       the pipeline, and the files that it imports with `from .name import ...`
+    scheduler/          scheduling_y.py, which imports nothing relatively, and its configuration
+
+This file is one of those that travel with a pipeline, hence no import of tonefield, and a name that nobody else uses:
+diffusers puts the files of all local repositories into one package.
+"""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from huggingface_hub import ModelCardData, file_exists
+
+
+PACKAGE = "tonefield"
+# What a travelling copy of this file does not do: look for classes that are installed.
+INSTALLED = __name__.split(".")[0] == PACKAGE
+
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+(\.+[\w.]*)\s+import", re.MULTILINE)
+OWN_IMPORT = re.compile(rf"^\s*(?:from|import)\s+{PACKAGE}\b", re.MULTILINE)
+CARD_MARK = "<!-- Written with the model, again at each upload. Remove this line to keep what you write here. -->"
+
+
+def source_files(cls: type, siblings: bool) -> list[Path]:
+    """
+    The file that defines a class, and the files beside it that it imports.
+
+    Args:
+        cls (`type`): A class that is to travel with a repository.
+        siblings (`bool`): Whether diffusers fetches siblings: it does for a pipeline, not for a component.
+    """
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None or not Path(file).is_file():
+        raise ValueError(f"{cls.__name__} has no source file to save with the pipeline: define it in a .py file.")
+    files = [Path(file)]
+    for name in RELATIVE_IMPORT.findall(files[0].read_text(encoding="utf-8")):
+        if not siblings or not re.fullmatch(r"\.\w+", name):
+            allowed = "`from .sibling import name`" if siblings else "absolute imports"
+            raise ValueError(f"{file} imports from `{name}`, which diffusers cannot fetch: use only {allowed}.")
+        files.append(files[0].with_name(f"{name[1:]}.py"))
+    for file in files:
+        code = file.read_text(encoding="utf-8")
+        if OWN_IMPORT.search(code):
+            raise ValueError(f"{file} imports {PACKAGE}, which may be absent where the repository is loaded.")
+        if file != files[0] and RELATIVE_IMPORT.search(code):
+            raise ValueError(f"{file} is imported by {files[0].name}, so it cannot use relative imports itself.")
+    return files
+
+
+def copy_source(cls: type, folder: Path, siblings: bool) -> str:
+    """Copies [`source_files`] into a folder and returns the name of the module that defines the class."""
+    files = source_files(cls, siblings)
+    for file in files:
+        target = folder / file.name
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
+    return files[0].stem
+
+
+class SelfContainedPipelineMixin:
+    """
+    Saves a pipeline with its code and a model card. The first of the bases: `class X(SelfContainedPipelineMixin,
+    DiffusionPipeline)`.
+
+    What the card tells of the training comes from the `card` of the pipeline's configuration, which is saved and
+    loaded with it. `license`, `datasets` (ids on the Hub), `tags` and `language` become the card's metadata,
+    `description` its first paragraph, and whatever else there is a row of its table.
+    """
+
+    # Code for the card, with {library} to import and {load}, a call that loads the pipeline, to be filled in.
+    card_example = "import {library}\n\n\npipe = {load}"
+
+    # ----- saving
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write model_index.json, the code and the card. `save_pretrained` calls this after saving the components."""
+        if push_to_hub:
+            raise ValueError("save_config uploads no pipeline: use push_to_hub or save_pretrained(push_to_hub=True).")
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = [copy_source(type(self), folder, siblings=True), type(self).__name__]
+        for name, component in self.components.items():
+            cls = type(getattr(component, "_orig_mod", component))  # a compiled model wraps the original
+            if component is not None and cls.__module__.split(".")[0] not in LOADABLE_CLASSES:
+                index[name] = [copy_source(cls, folder / name, siblings=False), cls.__name__]
+        index_file.write_text(json.dumps(index), encoding="utf-8")
+        for file in [index_file, *(file for name in self.components for file in (folder / name).glob("*config.json"))]:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # where it was loaded from, on the machine that saves it
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        card = folder / "README.md"
+        if not card.exists() or CARD_MARK in card.read_text(encoding="utf-8"):
+            card.write_text(self.model_card(folder.resolve().name), encoding="utf-8")
+
+    def _upload_folder(self, working_dir, repo_id: str, token=None, **kwargs):
+        # Diffusers has just put its own card here, or the one on the Hub. Only what a person wrote there stays.
+        card = Path(working_dir) / "README.md"
+        if CARD_MARK in card.read_text(encoding="utf-8") or not file_exists(repo_id, "README.md", token=token):
+            card.write_text(self.model_card(repo_id), encoding="utf-8")
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
+
+    def model_card(self, name: str) -> str:
+        """The text of README.md for a repository of this name."""
+        facts = dict(self.config.get("card") or {})
+        metadata = {key: facts.pop(key) for key in ("license", "language", "datasets") if key in facts}
+        tags = dict.fromkeys(["diffusers", PACKAGE, "audio", *facts.pop("tags", [])])
+        metadata = ModelCardData(library_name="diffusers", tags=list(tags), **metadata)
+        description = facts.pop("description", f"A `{type(self).__name__}` that generates sound.")
+        parts = ["| component | class | parameters |", "|---|---|---|"]
+        for key, component in self.components.items():
+            if component is not None:
+                sizes = [p.numel() for p in component.parameters()] if hasattr(component, "parameters") else []
+                parts.append(f"| {key} | `{type(component).__name__}` | {sum(sizes):,} |")
+        if metadata.license or metadata.datasets:
+            facts = {"datasets": metadata.datasets, "license": metadata.license, **facts}
+        rows = [
+            f"| {key.replace('_', ' ')} | {', '.join(map(str, value)) if isinstance(value, list) else value} |"
+            for key, value in sorted(facts.items())
+            if value is not None
+        ]
+        training = ["## Training", "", "| | |", "|---|---|", *rows, ""] if rows else []
+        lines = [
+            f"---\n{metadata.to_yaml()}\n---\n",
+            f"{CARD_MARK}\n",
+            f"# {name.split('/')[-1]}\n",
+            f"{description}\n",
+            *parts,
+            "",
+            *training,
+            "## Use\n",
+            "With [diffusers](https://github.com/huggingface/diffusers) alone, which runs the code in here:\n",
+            self._card_snippet("diffusers", f'DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)'),
+            f"With {PACKAGE}, which runs its own code:\n",
+            self._card_snippet(PACKAGE, f'load("{name}")'),
+        ]
+        return "\n".join(lines)
+
+    def _card_snippet(self, library: str, load: str) -> str:
+        return f"```python\n{self.card_example.format(library=library, load=f'{library}.{load}')}\n```\n"
+
+    # ----- loading. With tonefield installed nothing of the repository has to be run, so nothing has to be trusted:
+    # its modules are replaced by the installed ones. `DiffusionPipeline.from_pretrained` does not come through here.
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **kwargs):
+        config = super()._dict_from_json_file(json_file, **kwargs)
+        if INSTALLED and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][-1]
+        return config
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        loaded = super().load_config(*args, **kwargs)
+        if not INSTALLED:
+            return loaded
+        public = importlib.import_module(PACKAGE)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in config.items():
+            if not name.startswith("_") and isinstance(value, list) and value[-1] in dir(public):
+                config[name] = [getattr(public, value[-1]).__module__, value[-1]]
+        return loaded

@@ -1,0 +1,52 @@
+"""A small mel, a few sounds, and pipelines for them."""
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from exact_networks import exact, quiet
+
+from tonefield import MelPFGMPipeline, MelSpectrogram, PoissonFlowScheduler
+
+
+@pytest.fixture(scope="session")
+def mel():
+    return MelSpectrogram(sample_rate=8000, n_fft=256, hop_length=64, n_mels=16, num_frames=32)
+
+
+@pytest.fixture(scope="session")
+def sounds(mel):
+    """Six sounds of two partials each, of 2047 samples."""
+    time = torch.arange(mel.slice_samples) / 8000
+    pitches = torch.tensor([200.0, 330, 520, 800, 1300, 2100])[:, None]
+    swell = 0.5 + 0.5 * torch.cos(2 * math.pi * torch.tensor([2.0, 3, 4, 5, 6, 7])[:, None] * time)
+    return 0.3 * swell * (torch.sin(2 * math.pi * pitches * time) + torch.sin(2 * math.pi * 1.5 * pitches * time))
+
+
+@pytest.fixture(scope="session")
+def data(mel, sounds):
+    return mel.encode(sounds)
+
+
+@pytest.fixture
+def make_pipe(mel, data):
+    """A pipeline whose network knows the sounds exactly."""
+
+    def make(aug_dim=128, classes=None, data=data, mel=mel, **scheduler):
+        scheduler = PoissonFlowScheduler(aug_dim=aug_dim, prediction_type="sample", **scheduler)
+        return quiet(MelPFGMPipeline(exact(data, aug_dim, classes), scheduler, mel))
+
+    return make
+
+
+@pytest.fixture
+def random_pipe(mel):
+    """A pipeline with a real network of random weights, three classes and the null class."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=(16, 32), in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, attention_head_dim=8, num_class_embeds=4,
+    )  # fmt: skip
+    return quiet(MelPFGMPipeline(unet.eval(), PoissonFlowScheduler(), mel))
