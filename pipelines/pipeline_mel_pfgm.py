@@ -427,8 +427,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             mask (`list[tuple[float, float]]`, `torch.Tensor`, `np.ndarray` or `list[bool]`, *optional*):
                 Where new sound is wanted in `audio`: spans of seconds, or a boolean for each frame, of shape
                 `(frames,)` or `(batch_size, frames)`. All other samples come back as they were, but for a cross-fade
-                of half a window (`n_fft / 2`) beside what is new. The less is kept, the less it decides: replacing it at
-                each step is not drawing from the exact conditional law.
+                of half a window (`n_fft / 2`) beside what is new. The less is kept, the less it decides: replacing it
+                at each step is not drawing from the exact conditional law.
             temperature (`float`, *optional*, defaults to 1.0): Factor on the norm of the noise (of the latents).
             loop (`bool`, *optional*, defaults to `False`):
                 Time becomes a ring: the sound, of `frames * hop_length` samples, can be repeated without a click.
