@@ -123,7 +123,7 @@ class Measurements:
         return values, bool(everyone[:, -1].any())
 
     def _refuse_nonsense(self, losses: torch.Tensor, norms: torch.Tensor, first: int) -> None:
-        """Stops at the first loss or gradient that is no number. fp16 tries gradients that overflow, and skips them."""
+        """Stops at the first loss or gradient that is no number. (fp16 skips gradients that overflow.)"""
         bad = ~losses.isfinite()
         bad_steps = bad.any(dim=2).any(dim=0)
         if self.accelerator.mixed_precision != "fp16":
@@ -139,7 +139,7 @@ class Measurements:
                 for p in self.shares.positions(first + offset, micro, process)]  # fmt: skip
         raise UserError(
             f"{what} at step {first + offset + 1}, rows {', '.join(map(str, rows))} of the training data. The run"
-            " stops here; the checkpoints are from before. A lower --learning_rate or another --mixed_precision may help."
+            " stops here; the checkpoints are from before. A lower --learning_rate may help."
         )
 
 
