@@ -82,11 +82,11 @@ def test_accumulation_equals_a_large_batch(mels, tmp_path):
 
 
 def test_two_processes_equal_one(one_process, mels, tmp_path):
-    launcher = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes=2 --num_machines=1".split()
-    launcher += "--mixed_precision=no --dynamo_backend=no --main_process_port=0".split()
+    # `accelerate launch --cpu` starts one process, however many it is asked for.
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     flags = ("--objective=stable_target", "--field_batch_size=16", "--train_batch_size=4", "--validation_steps=4")
     process = start(tmp_path, mels, *SMOOTH, *flags, "--gradient_accumulation_steps=1", launcher=launcher)
-    output = process.communicate()[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert_same_training(one_process, tmp_path)
     losses = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (one_process, tmp_path)]
