@@ -66,7 +66,7 @@ def test_the_network_sees_standardised_mels(mels):
 
 
 def test_hyperparameters_of_the_field_come_from_the_data(mels):
-    data, unet, scheduler = built(mels, "--objective=field")
+    _, unet, scheduler = built(mels, "--objective=field")
     _, z_max, _ = pfgm_hyperparameters(0.5 * 16, 256)
     c = scheduler.config
     assert (c.sigma_max, c.aug_dim, c.prediction_type) == (pytest.approx(z_max), 1, "field")
@@ -126,9 +126,8 @@ CHANGES = {
 
 
 def pipeline_weights(folder):
-    return torch.cat(
-        [p.detach().flatten() for p in UNet2DModel.from_pretrained(folder, subfolder="unet").parameters()]
-    )
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    return torch.cat([p.detach().flatten() for p in unet.parameters()])
 
 
 @pytest.fixture(scope="module")

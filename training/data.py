@@ -216,7 +216,7 @@ class TrainingData:
 
 def open_data(args) -> TrainingData:
     """The dataset that the flags name: mels with the record of their front end, or pictures with --image_column."""
-    rows = load_split(args.dataset_name, args.train_split, args.streaming, args.dataset_config_name)
+    rows = open_split(args, args.train_split)
     features = rows.features or {}
     pictures = args.image_column is not None
     record = {} if pictures else read_record(rows.features)
@@ -250,6 +250,13 @@ def open_data(args) -> TrainingData:
     return TrainingData(train, validation, read, shape, sigma_data, class_names, mel)
 
 
+def open_split(args, split: str):
+    try:
+        return load_split(args.dataset_name, split, args.streaming, args.dataset_config_name)
+    except IndexError:  # what the datasets library makes of an empty split on the disk
+        raise UserError(f"The split {split!r} of {args.dataset_name} has no rows.") from None
+
+
 def standardized_front_end(record: dict) -> MelSpectrogram:
     """The front end of a record, whose `mean` and `std` give the dataset the mean 0 and the spread `SIGMA_DATA`."""
     statistics, front_end = record.get("statistics", {}), record.get("front_end", {})
@@ -274,7 +281,7 @@ def open_validation(args):
     if not args.validation_steps:
         return None
     try:
-        rows = load_split(args.dataset_name, args.validation_split, args.streaming, args.dataset_config_name)
+        rows = open_split(args, args.validation_split)
     except UserError as error:
         raise UserError(f"{error} (--validation_steps 0 does without validation.)") from None
     if args.image_column is None:

@@ -13,7 +13,7 @@ from training_runs import differences, start, train
 from tonefield.command_line import UserError
 
 
-# Adam divides by the gradient: with its usual epsilon the rounding of a gradient that should be 0 would be a full step.
+# Adam divides by the gradient: with its usual epsilon the rounding of a gradient that should be 0 is a full step.
 TOGETHER = ("--train_batch_size=8", "--gradient_accumulation_steps=1")
 SMOOTH = ("--adam_epsilon=0.01", "--dropout=0", "--learning_rate=0.05", "--max_train_steps=4")
 
