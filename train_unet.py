@@ -27,7 +27,7 @@ from tonefield.training.arguments import (
 # Networks by name; attention from the given level on. Sizes for a test, a laptop, a 24 GB card, and 8 GPUs.
 MODEL_SIZES = {
     "tiny": dict(block_out_channels=(8, 16), layers=1, attention_from=1, head_dim=8, groups=4),
-    "small": dict(block_out_channels=(32, 32, 64, 96), layers=1, attention_from=3, head_dim=32, groups=8),
+    "small": dict(block_out_channels=(16, 32, 64, 128), layers=1, attention_from=2, head_dim=32, groups=8),
     "medium": dict(block_out_channels=(64, 128, 256, 256), layers=2, attention_from=2, head_dim=64, groups=32),
     "large": dict(block_out_channels=(128, 256, 384, 512), layers=3, attention_from=2, head_dim=64, groups=32),
 }  # fmt: skip
