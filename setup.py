@@ -7,8 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py as _build_py
 
 
-FOLDERS = ("data", "models", "pipelines", "schedulers")
-SCRIPTS = ("audio_to_images",)
+FOLDERS = ("data", "models", "pipelines", "schedulers", "training")
+SCRIPTS = ("audio_to_images", "train_unet")
 
 
 class build_py(_build_py):

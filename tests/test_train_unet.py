@@ -1,0 +1,282 @@
+"""The script as a whole: what it reads from a dataset, what every flag does, and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from diffusers import UNet2DModel
+from training_runs import RECIPE, ROOT, make_dataset, make_sounds, reset_accelerate, train
+
+from tonefield import train_unet
+from tonefield.command_line import UserError
+from tonefield.data.loading import read_record
+from tonefield.models import MelSpectrogram
+from tonefield.schedulers import PoissonFlowScheduler, ScoreSDEScheduler, pfgm_hyperparameters
+from tonefield.training.data import open_data
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    return make_sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(scope="module")
+def mels(sounds, tmp_path_factory):
+    return make_dataset(sounds, tmp_path_factory.mktemp("mels") / "data")
+
+
+def parsed(dataset, *flags):
+    return train_unet.parse_args([f"--config={RECIPE}", f"--dataset_name={dataset}", *flags])
+
+
+def built(dataset, *flags):
+    """The data, the network and the scheduler of some flags."""
+    args = parsed(dataset, *flags)
+    data = open_data(args)
+    return data, train_unet.make_unet(args, data), train_unet.make_scheduler(args, data)
+
+
+def refuse(capsys, message, *argv):
+    """A flag that is refused when it is read: status 2 and one line."""
+    with pytest.raises(SystemExit) as exit:
+        train_unet.parse_args(list(argv))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_network_sees_standardised_mels(mels):
+    data, unet, scheduler = built(mels)
+    rows = datasets.load_from_disk(str(mels))["train"]
+    record = read_record(rows.features)
+    seen = data.train.read(rows.with_format("numpy")[:], list(range(len(rows))))["clean"].double()
+    assert seen.mean().item() == pytest.approx(0, abs=1e-4)
+    assert seen.std().item() == pytest.approx(0.5, rel=1e-3)
+    assert scheduler.config.sigma_data == 0.5
+    assert data.mel.fingerprint() == record["fingerprint"]
+    stored = torch.tensor(rows.with_format("numpy")[0]["mel"]).float()
+    torch.testing.assert_close(data.mel.unstandardize(seen[:1].float()), stored[None], rtol=0, atol=1e-5)
+    assert data.class_names == ["high", "low"]
+    assert unet.config.num_class_embeds == 3
+    assert tuple(unet.config.sample_size) == data.sample_shape[1:] == (16, 16)
+
+
+def test_hyperparameters_of_the_field_come_from_the_data(mels):
+    _, unet, scheduler = built(mels, "--objective=field")
+    _, z_max, _ = pfgm_hyperparameters(0.5 * 16, 256)
+    c = scheduler.config
+    assert (c.sigma_max, c.aug_dim, c.prediction_type) == (pytest.approx(z_max), 1, "field")
+    assert (unet.config.in_channels, unet.config.out_channels) == (1, 2)
+    draws = scheduler.sample_sigmas(100_000, torch.Generator().manual_seed(0)).log()
+    uniform = torch.distributions.Uniform(math.log(c.sigma_min), math.log(c.sigma_max))
+    assert draws.mean().item() == pytest.approx(uniform.mean.item(), abs=0.05)
+    assert draws.std().item() == pytest.approx(uniform.stddev.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("objective", train_unet.OBJECTIVES)
+def test_every_objective_trains_and_is_saved(mels, tmp_path, objective):
+    flags = ("--max_train_steps=2", "--validation_steps=2", "--num_inference_steps=25", "--num_validation_samples=1")
+    extra = ("--field_batch_size=12",) if objective in train_unet.WITH_CHARGES else ()
+    train(tmp_path, mels, f"--objective={objective}", *flags, *extra)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for row in logged for value in row.values())
+    assert (tmp_path / "samples" / "step-0000002.png").stat().st_size > 1000
+    unet = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    average = UNet2DModel.from_pretrained(tmp_path / "checkpoint-2", subfolder="unet_ema")
+    for ours, theirs in zip(unet.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    mel = MelSpectrogram.from_pretrained(tmp_path, subfolder="mel")
+    assert mel.config.std != 1
+    if objective in train_unet.POISSON:
+        assert PoissonFlowScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.sigma_data == 0.5
+    elif objective in ("ve", "vp", "subvp"):
+        assert ScoreSDEScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.sde == objective
+
+
+CHANGES = {
+    "--learning_rate=0.002": "weights",
+    "--lr_scheduler=constant": "weights",
+    "--lr_warmup_steps=2": "weights",
+    "--adam_beta1=0.5": "weights",
+    "--adam_beta2=0.9": "weights",
+    "--adam_weight_decay=0.5": "weights",
+    "--adam_epsilon=0.1": "weights",
+    "--max_grad_norm=0.01": "weights",
+    "--dropout=0.5": "weights",
+    "--label_dropout=0.9": "weights",
+    "--train_batch_size=2": "weights",
+    "--gradient_accumulation_steps=1": "weights",
+    "--max_train_samples=6": "weights",
+    "--mixed_precision=bf16": "weights",
+    "--aug_dim=2": "weights",
+    "--aug_dim=inf": "weights",
+    "--p_mean=0.5": "weights",
+    "--p_std=0.1": "weights",
+    "--streaming": "weights",
+    "--ema_max_decay=0.1": "average",
+    "--ema_inv_gamma=9": "average",
+    "--ema_power=0.1": "average",
+    "--no-use_ema": "average",
+    "--gradient_checkpointing": "nothing",
+}
+
+
+def pipeline_weights(folder):
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    return torch.cat([p.detach().flatten() for p in unet.parameters()])
+
+
+@pytest.fixture(scope="module")
+def usual(mels, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("usual"), mels, "--max_train_steps=3")
+
+
+@pytest.mark.parametrize(("flag", "changed"), CHANGES.items())
+def test_every_training_flag_changes_what_it_should(usual, mels, tmp_path, flag, changed):
+    folder = train(tmp_path, mels, "--max_train_steps=3", flag)
+    live = [pipeline_weights(path / "checkpoint-3") for path in (usual, folder)]
+    published = [pipeline_weights(path) for path in (usual, folder)]
+    torch.testing.assert_close(live[0], live[1], rtol=0.1, atol=0.1)  # and nothing breaks
+    same = torch.allclose(*live, rtol=0, atol=1e-7)
+    assert same == (changed != "weights")
+    assert torch.allclose(*published, rtol=0, atol=1e-7) == (changed == "nothing")
+
+
+def test_flags_of_network_and_scheduler(mels, tmp_path):
+    _, tiny, scheduler = built(mels, "--sigma_min=0.01", "--sigma_max=20", "--no-class_conditional")
+    assert (scheduler.config.sigma_min, scheduler.config.sigma_max) == (0.01, 20)
+    assert tiny.config.num_class_embeds is None
+    _, small, _ = built(mels, "--model_size=small")
+    assert small.num_parameters() > 10 * tiny.num_parameters()
+    (tmp_path / "net.yaml").write_text("block_out_channels: [4, 8]\nnorm_num_groups: 2\nlayers_per_block: 1\n"
+                                       "down_block_types: [DownBlock2D, DownBlock2D]\nattention_head_dim: 4\n"
+                                       "up_block_types: [UpBlock2D, UpBlock2D]\n")  # fmt: skip
+    _, own, _ = built(mels, f"--model_config={tmp_path / 'net.yaml'}")
+    assert own.config.block_out_channels == [4, 8]
+    assert own.config.num_class_embeds == 3
+
+
+def test_pictures(tmp_path):
+    from PIL import Image
+
+    rows = {"image": [Image.new("L", (8, 8), 10 * index) for index in range(20)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    flags = ("--image_column=image", "--max_train_steps=2", "--random_flip", "--dequantize", "--train_split=train")
+    train(tmp_path / "out", tmp_path / "data", *flags, "--validation_steps=2", "--validation_split=train")
+    assert UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").config.in_channels == 1
+    assert (tmp_path / "out" / "samples" / "step-0000002.png").exists()
+    saved = PoissonFlowScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler").config
+    shades = (torch.arange(20) * 10 + 0.5) * 255 / 256 / 127.5
+    assert saved.sigma_data == pytest.approx(shades.std(correction=0).item(), rel=0.02)
+
+
+def test_test_switch(mels, tmp_path, capsys):
+    reset_accelerate()
+    train_unet.main(
+        train_unet.parse_args([f"--dataset_name={mels}", f"--output_dir={tmp_path}", "--model_size=tiny", "--test"])
+    )
+    output = capsys.readouterr().out
+    assert all(f"step {step}: loss" in output for step in (1, 2, 3, 4))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe):
+    args = train_unet.parse_args([f"--config={recipe}", "--dataset_name=x"])
+    assert args.max_train_steps > 1
+
+
+# What is refused.
+
+
+def test_bad_flags(capsys):
+    need = "--dataset_name=x"
+    for value in ("0", "-1", "nan", "many"):
+        refuse(capsys, f"{value} is neither a number above 0 nor inf", need, f"--aug_dim={value}")
+    refuse(capsys, "--dataset_name is needed")
+    for flag, message in {
+        "--train_batch_size=0": "--train_batch_size is at least 1, not 0",
+        "--gradient_accumulation_steps=0": "at least 1",
+        "--learning_rate=0": "--learning_rate must be positive, not 0",
+        "--max_hours=-1": "must be positive",
+        "--ema_max_decay=1": "--ema_max_decay lies between 0 and 1",
+        "--label_dropout=1": "lies between 0 and 1",
+        "--field_batch_size=8": "no meaning with --objective pfgmpp",
+        "--validation_steps=-1": "at least 0",
+    }.items():
+        refuse(capsys, message, need, flag)
+    refuse(capsys, "no meaning with --objective epsilon", need, "--objective=epsilon", "--aug_dim=2")
+    refuse(capsys, "needs a finite --aug_dim", need, "--objective=field", "--aug_dim=inf")
+    refuse(capsys, "wants rows by number", need, "--objective=field", "--field_batch_size=8", "--streaming")
+
+
+def test_bad_datasets(mels, tmp_path):
+    def refused(message, dataset, *flags):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "out", dataset, *flags)
+        assert not list((tmp_path / "out").glob("*"))
+
+    rows = datasets.load_from_disk(str(mels))
+    datasets.Dataset.from_dict({"mel": [[1.0]]}).save_to_disk(tmp_path / "alien")
+    refused("no column 'front_end'", tmp_path / "alien")
+    refused("nowhere cannot be loaded", tmp_path / "nowhere")
+    datasets.DatasetDict({"train": rows["train"]}).save_to_disk(tmp_path / "train-only")
+    refused("has no split 'validation'; it has train.*--validation_steps 0", tmp_path / "train-only",
+            "--validation_steps=2")  # fmt: skip
+    refused("has no split 'trian'; it has", mels, "--train_split=trian")
+    datasets.DatasetDict({"train": rows["train"].select([])}).save_to_disk(tmp_path / "empty")
+    refused("'train' of .*empty has no rows", tmp_path / "empty")
+    refused("has no column 'genre' of classes", mels, "--class_conditional", "--class_column=genre")
+    refused("has no column 'picture'; it has .*mel", mels, "--image_column=picture")
+    refused("'mel' does not hold pictures", mels, "--image_column=mel")
+
+
+def test_bad_networks(mels, tmp_path):
+    def refused(message, config=None, *flags):
+        (tmp_path / "net.json").write_text(json.dumps(config))
+        own = [f"--model_config={tmp_path / 'net.json'}"] if config is not None else []
+        with pytest.raises(UserError, match=message):
+            built(mels, *own, *flags)
+
+    refused("num_class_embeds 11, the dataset wants 3", {"num_class_embeds": 11})
+    refused("in_channels 3, the dataset wants 1", {"in_channels": 3})
+    refused("must consist of the arguments", [1])
+    refused("UNet2DModel cannot be built: .*depth", {"depth": 3, "block_out_channels": [8, 16]})
+    refused("6 levels halve the input 5 times, which 16 x 16 does not allow.*multiples of 32",
+            {"block_out_channels": [8] * 6})  # fmt: skip
+    refused("cannot be read", None, f"--model_config={tmp_path / 'absent.yaml'}")
+    refused("sigma_min is 5.0, sigma_max 2.0", None, "--sigma_min=5", "--sigma_max=2")
+
+
+def test_bad_runs(mels, sounds, usual, tmp_path):
+    def refused(message, output, dataset, *flags):
+        with pytest.raises(UserError, match=message):
+            train(output, dataset, *flags)
+
+    resume = f"--resume_from_checkpoint={usual / 'checkpoint-3'}"
+    refused("has checkpoints of an earlier run", usual, mels)
+    (tmp_path / "folder").mkdir()
+    refused("folder is not a checkpoint of a training run: it has no", tmp_path / "out", mels,
+            f"--resume_from_checkpoint={tmp_path / 'folder'}")  # fmt: skip
+    (tmp_path / "folder" / "state.json").write_text('{"files": {}}')
+    refused("its state.json does not say so", tmp_path / "out", mels,
+            f"--resume_from_checkpoint={tmp_path / 'folder'}")  # fmt: skip
+    refused("network .* they must be equal", tmp_path / "out", mels, resume, "--model_size=small")
+    refused("objective pfgmpp, this run has vp", tmp_path / "out", mels, resume, "--objective=vp")
+    refused("samples per step 8, this run has 4", tmp_path / "out", mels, resume, "--train_batch_size=2")
+    other = make_dataset(sounds, tmp_path / "other", "--top_db=60")
+    refused("mel configuration .* this run has .* must be equal", tmp_path / "out", other, resume)
+    shutil.copytree(sounds, tmp_path / "more")
+    (tmp_path / "more" / "low").rename(tmp_path / "more" / "deep")
+    renamed = make_dataset(tmp_path / "more", tmp_path / "renamed")
+    refused("classes .'high', 'low'., this run has .'deep', 'high'.", tmp_path / "out", renamed, resume)
+    (tmp_path / "file").touch()
+    refused("output folder .* cannot be written to", tmp_path / "file", mels)
+    refused("field of 1 charges: --field_batch_size must be at least 2", tmp_path / "out", mels,
+            "--objective=field", "--train_batch_size=1")  # fmt: skip
+    assert os.listdir(tmp_path / "out") == []
+    assert Path(usual, "checkpoint-3").is_dir()

@@ -1,0 +1,1 @@
+"""What the training scripts share: flags, data, objectives, checkpoints, the loop."""

@@ -1,0 +1,152 @@
+"""Checkpoints that are complete or not there, and that say which run they belong to.
+
+A checkpoint is a folder `checkpoint-<step>`. It is written under another name and renamed when all of it is there;
+`state.json` lists the files with their checksums, so that damage which comes later is noticed as well.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors.torch import load_file
+
+from tonefield.command_line import UserError
+
+
+logger = get_logger(__name__)
+
+FORMAT = "tonefield-checkpoint"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class DamagedCheckpoint(Exception):
+    """Files are missing, or are not those that were written."""
+
+
+class Checkpoints:
+    """
+    Saves and restores a run: networks, optimizer, learning rate, loss scaler, random state of every process, position.
+
+    Args:
+        accelerator: What prepared the network, the optimizer and the schedule.
+        folder: Where the checkpoints lie.
+        networks: What is saved with `save_pretrained`, by the name of its subfolder. They are restored in place.
+        limit: How many to keep; `None` keeps all.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, networks: Mapping[str, Any], limit: int | None = None):
+        self.accelerator, self.folder, self.networks, self.limit = accelerator, folder, networks, limit
+        accelerator.register_save_state_pre_hook(self._save_networks)
+        accelerator.register_load_state_pre_hook(self._load_networks)
+
+    def _save_networks(self, _models, weights: list, folder: str) -> None:
+        weights.clear()  # accelerate has nothing left to save under names of its own
+        if self.accelerator.is_main_process:
+            for name, network in self.networks.items():
+                network.save_pretrained(Path(folder, name), max_shard_size="1TB")
+
+    def _load_networks(self, models: list, folder: str) -> None:
+        models.clear()
+        for name, network in self.networks.items():
+            network.load_state_dict(load_file(Path(folder, name, WEIGHTS)))
+
+    def save(self, step: int, state: dict) -> Path:
+        """Every process calls this; when it returns, `checkpoint-<step>` is complete, and old ones are gone."""
+        accelerator, final = self.accelerator, self.folder / f"checkpoint-{step}"
+        partial = self.folder / f".checkpoint-{step}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            content = {"format": FORMAT, "step": step, **state, "files": checksums(partial)}
+            (partial / "state.json").write_text(json.dumps(content, indent=1))
+            if final.exists():  # a damaged one that was skipped, or the run begins anew
+                shutil.rmtree(final)
+            partial.rename(final)
+            self._prune()
+        accelerator.wait_for_everyone()
+        return final
+
+    def _prune(self) -> None:
+        if self.limit is not None:
+            for old in list_checkpoints(self.folder)[: -self.limit]:
+                shutil.rmtree(old)
+
+    def restore(self, folder: Path) -> None:
+        """Loads a checkpoint that `find_checkpoint` has found whole."""
+        self.accelerator.load_state(str(folder))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of an output folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, except `state.json`, which contains them."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "state.json":
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def read_state(folder: Path) -> dict:
+    """The state in a checkpoint, after every file of it was compared with its checksum."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = state["files"]
+    except OSError as error:
+        raise DamagedCheckpoint(f"state.json cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint("state.json is not what a training run writes") from None
+    there = checksums(folder)
+    for name, digest in files.items():
+        if there.get(name) != digest:
+            raise DamagedCheckpoint(f"{name} is {'not what was written' if name in there else 'missing'}")
+    return state
+
+
+def find_checkpoint(resume: str, folder: Path) -> tuple[Path, dict] | None:
+    """
+    The checkpoint to continue from and its state.
+
+    `resume` is a path, where damage is an error, or `"latest"`: the newest one of `folder` that is whole. If there is
+    none the run begins at step 0, as the first start of a job that is resubmitted until it ends.
+    """
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / "state.json").is_file():
+            raise UserError(f"{path} is not a checkpoint of a training run: it has no state.json.")
+        try:
+            state = read_state(path)
+        except DamagedCheckpoint as damage:
+            raise UserError(f"The checkpoint {path} is damaged: {damage}.") from None
+        if state.get("format") != FORMAT:
+            raise UserError(f"{path} is not a checkpoint of a training run: its state.json does not say so.")
+        return path, state
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, read_state(path)
+        except DamagedCheckpoint as damage:
+            logger.warning(f"The checkpoint {path} is damaged and skipped: {damage}.")
+    logger.warning(f"There is no checkpoint in {folder}: the run begins at step 0.")
+    return None
+
+
+def check_same_run(state: dict, now: dict, path: Path) -> None:
+    """Refuses to continue a run with other data or another network; `now` holds what must be equal."""
+    then = state.get("run", {})
+    for name, value in now.items():
+        if name in then and then[name] != json.loads(json.dumps(value)):
+            raise UserError(f"{path} was trained with {name} {then[name]}, this run has {value}: they must be equal.")

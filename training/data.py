@@ -1,0 +1,315 @@
+"""Training data as an endless sequence: the sample at position p is the same whoever asks, and whenever.
+
+Position p lies in epoch p // n of n rows, each with an order of its own. An optimizer step takes the next positions,
+and its processes and micro-batches divide them up. So a run continues exactly from the number of its step, and two
+processes see what one would.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from tonefield.command_line import UserError
+from tonefield.data.loading import load_split, read_record
+from tonefield.models.mel_spectrogram import MelSpectrogram
+from tonefield.training.randomness import derive_seed, make_generators, uniform
+
+
+# Every trainer sees data of this spread, for which EDM's defaults are made (EDM, table 1: sigma_data).
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which positions each optimizer step, micro-batch and process takes."""
+
+    batch_size: int
+    accumulation: int = 1
+    num_processes: int = 1
+    process: int = 0
+
+    @property
+    def per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.num_processes
+
+    def positions(self, step: int, micro: int, process: int | None = None) -> list[int]:
+        """The positions of one micro-batch of one process, this one unless told otherwise."""
+        process = self.process if process is None else process
+        start = step * self.per_step + (micro * self.num_processes + process) * self.batch_size
+        return list(range(start, start + self.batch_size))
+
+    def from_step(self, step: int) -> Iterator[list[int]]:
+        """This process's micro-batches, from a step on, without end."""
+        for later in itertools.count(step):
+            for micro in range(self.accumulation):
+                yield self.positions(later, micro)
+
+
+class EndlessRows(Dataset):
+    """
+    Args:
+        rows: A dataset with a length.
+        read: Makes a dictionary of tensors from a dictionary of columns and the positions of its rows.
+        seed: Decides the order.
+        extra: How many more rows to read with each batch, as `charges`, from a second sequence.
+    """
+
+    def __init__(self, rows: datasets.Dataset, read: Callable[[dict, list[int]], dict], seed: int, extra: int = 0):
+        self.rows, self.read, self.seed, self.extra = rows, read, seed, extra
+        self._orders: dict[str, tuple[int, torch.Tensor]] = {}
+
+    def row_of(self, position: int, sequence: str = "order") -> int:
+        """The number of the row at a position."""
+        epoch, place = divmod(position, len(self.rows))
+        if sequence not in self._orders or self._orders[sequence][0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, sequence, epoch))
+            self._orders[sequence] = epoch, torch.randperm(len(self.rows), generator=generator)
+        return int(self._orders[sequence][1][place])
+
+    def get(self, positions: list[int], sequence: str = "order") -> dict:
+        """The samples at some positions."""
+        return self.read(self.rows[[self.row_of(position, sequence) for position in positions]], positions)
+
+    def __getitems__(self, positions: list[int]) -> dict:
+        batch = self.get(positions)
+        if self.extra:
+            start = positions[0] // len(positions) * self.extra
+            more = self.get(list(range(start, start + self.extra)), "charges")
+            batch |= {"charges": more["clean"]}
+            batch |= {"charge_labels": more["class_labels"]} if "class_labels" in more else {}
+        return batch
+
+    def batches(self, shares: Shares, step: int, num_workers: int = 0, resume_at: dict | None = None) -> DataLoader:
+        """This process's batches from a step on; `resume_at` is for streams."""
+        return DataLoader(
+            self, batch_sampler=shares.from_step(step), num_workers=num_workers, collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), persistent_workers=num_workers > 0,
+        )  # fmt: skip
+
+
+class EndlessStream(IterableDataset):
+    """The same for a dataset without a length. It is read from the start of an epoch to find a place in it again."""
+
+    def __init__(self, rows: datasets.IterableDataset, read: Callable, seed: int, buffer_size: int):
+        self.rows, self.read = rows.shuffle(seed=derive_seed(seed, "order") % 2**32, buffer_size=buffer_size), read
+        self.shares, self.step, self.start, self.extra = Shares(1), 0, (0, 0), 0
+
+    def _endless(self, epoch: int, skip: int) -> Iterator[tuple[dict, tuple[int, int]]]:
+        while True:
+            self.rows.set_epoch(epoch)
+            place = -1
+            for place, row in enumerate(self.rows):
+                if place >= skip:
+                    yield row, (epoch, place + 1)
+            if place < 0:
+                raise UserError("The dataset has no rows.")
+            epoch, skip = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[dict]:
+        shares, size = self.shares, self.shares.batch_size
+        rows = self._endless(*self.start)
+        for step in itertools.count(self.step):
+            for micro in range(shares.accumulation):
+                together = list(itertools.islice(rows, size * shares.num_processes))
+                mine = together[shares.process * size :][:size]
+                columns = {name: [row[name] for row, _ in mine] for name in mine[0][0]}
+                # Where the next step begins, for a checkpoint after this one.
+                yield self.read(columns, shares.positions(step, micro)) | {"resume_at": together[-1][1]}
+
+    def batches(self, shares: Shares, step: int, num_workers: int = 0, resume_at: dict | None = None) -> DataLoader:
+        self.shares, self.step, self.start = shares, step, tuple(resume_at or (0, 0))
+        # A stream has one order, hence one reader.
+        return DataLoader(
+            self, batch_size=None, num_workers=min(num_workers, 1), generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
+
+
+# What a row becomes. These are classes, not closures, so that worker processes can be given them.
+
+
+@dataclass(frozen=True)
+class ReadMels:
+    """Mels as the model sees them, with labels: -1 where a row has none."""
+
+    mel: MelSpectrogram
+    class_column: str | None = None
+
+    def __call__(self, columns: dict, positions: list[int]) -> dict:
+        mels = torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in columns["mel"]]))
+        batch = {"positions": positions, "clean": self.mel.standardize(mels)}
+        return batch | labels_of(columns, self.class_column)
+
+
+@dataclass(frozen=True)
+class ReadPictures:
+    """Pictures in [-1, 1]; flipped and dequantised with numbers that belong to the position."""
+
+    column: str
+    mode: str
+    size: tuple[int, int]
+    class_column: str | None = None
+    random_flip: bool = False
+    dequantize: bool = False
+    seed: int = 0
+
+    def __call__(self, columns: dict, positions: list[int]) -> dict:
+        arrays = [np.asarray(image.convert(self.mode), dtype=np.float32) for image in columns[self.column]]
+        for array in arrays:
+            if array.shape[:2] != self.size:
+                raise UserError(
+                    f"A picture has {array.shape[1]} x {array.shape[0]} pixels, the first one had"
+                    f" {self.size[1]} x {self.size[0]}: all must have one size."
+                )
+        pixels = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *self.size, -1).permute(0, 3, 1, 2)
+        generators = make_generators(self.seed, "picture", positions)
+        if self.random_flip:
+            flipped = uniform(len(pixels), generators) < 0.5
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        if self.dequantize:  # from 256 values to the interval that each stands for
+            noise = torch.stack([torch.rand(pixels.shape[1:], generator=generator) for generator in generators])
+            pixels = (pixels + noise) * (255 / 256)
+        batch = {"positions": positions, "clean": pixels / 127.5 - 1}
+        return batch | labels_of(columns, self.class_column)
+
+
+def labels_of(columns: dict, name: str | None) -> dict:
+    if name is None:
+        return {}
+    labels = [-1 if label is None else int(label) for label in columns[name]]
+    return {"class_labels": torch.tensor(labels)}
+
+
+@dataclass
+class TrainingData:
+    """What a trainer needs to know of a dataset."""
+
+    train: EndlessRows | EndlessStream
+    validation: "datasets.Dataset | None"  # at most --max_validation_samples rows
+    read: Callable[[dict, list[int]], dict]
+    sample_shape: tuple[int, int, int]
+    sigma_data: float
+    class_names: list[str] = field(default_factory=list)
+    mel: MelSpectrogram | None = None
+
+    def describe(self) -> dict:
+        """What a resumed run must find unchanged."""
+        front_end = {} if self.mel is None else {"mel configuration": self.mel.fingerprint()}
+        return front_end | {"sample shape": list(self.sample_shape), "classes": self.class_names}
+
+    def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
+        """The held-out rows of one process, batch by batch; positions are the numbers of the rows."""
+        if self.validation is not None:
+            mine = list(range(process, len(self.validation), num_processes))
+            for start in range(0, len(mine), size):
+                yield self.read(self.validation[mine[start : start + size]], mine[start : start + size])
+
+
+def open_data(args) -> TrainingData:
+    """The dataset that the flags name: mels with the record of their front end, or pictures with --image_column."""
+    rows = open_split(args, args.train_split)
+    features = rows.features or {}
+    pictures = args.image_column is not None
+    record = {} if pictures else read_record(rows.features)
+    if args.max_train_samples is not None:
+        rows = (
+            rows.take(args.max_train_samples)
+            if args.streaming
+            else rows.select(range(min(args.max_train_samples, len(rows))))
+        )
+    if not args.streaming and len(rows) == 0:
+        raise UserError(f"The split {args.train_split!r} of {args.dataset_name} has no rows.")
+    class_column, class_names = find_classes(args, features)
+    validation = open_validation(args)
+
+    if pictures:
+        read, sigma_data = picture_reader(args, rows, features, class_column)
+        shape = (1 if read.mode == "L" else 3, *read.size)
+        mel = None
+    else:
+        mel = standardized_front_end(record)
+        read, sigma_data = ReadMels(mel, class_column), SIGMA_DATA
+        shape = (1, mel.config.n_mels, mel.config.num_frames)
+    columns = [args.image_column if pictures else "mel"] + ([class_column] if class_column else [])
+    rows = rows.select_columns(columns)
+    if validation is not None:
+        validation = validation.select_columns(columns)
+    if args.streaming:
+        train = EndlessStream(rows, read, args.seed, args.shuffle_buffer)
+    else:
+        train = EndlessRows(rows if pictures else rows.with_format("numpy"), read, args.seed)
+    return TrainingData(train, validation, read, shape, sigma_data, class_names, mel)
+
+
+def open_split(args, split: str):
+    try:
+        return load_split(args.dataset_name, split, args.streaming, args.dataset_config_name)
+    except IndexError:  # what the datasets library makes of an empty split on the disk
+        raise UserError(f"The split {split!r} of {args.dataset_name} has no rows.") from None
+
+
+def standardized_front_end(record: dict) -> MelSpectrogram:
+    """The front end of a record, whose `mean` and `std` give the dataset the mean 0 and the spread `SIGMA_DATA`."""
+    statistics, front_end = record.get("statistics", {}), record.get("front_end", {})
+    if record.get("format") != "tonefield-mel" or not statistics.get("std", 0) > 0:
+        raise UserError("The dataset's record of its front end is not that of mel spectrograms with any variation.")
+    return MelSpectrogram(**front_end | {"mean": statistics["mean"], "std": statistics["std"] / SIGMA_DATA})
+
+
+def find_classes(args, features) -> tuple[str | None, list[str]]:
+    """The column of classes and their names, if the network is to be told the class."""
+    feature = features.get(args.class_column)
+    known = isinstance(feature, datasets.ClassLabel)
+    if args.class_conditional and not known:
+        raise UserError(f"--class_conditional: {args.dataset_name} has no column {args.class_column!r} of classes.")
+    if args.class_conditional is False or not known or (args.class_conditional is None and feature.num_classes < 2):
+        return None, []
+    return args.class_column, list(feature.names)
+
+
+def open_validation(args):
+    """The held-out rows, in memory: the first ones of the split. They are few."""
+    if not args.validation_steps:
+        return None
+    try:
+        rows = open_split(args, args.validation_split)
+    except UserError as error:
+        raise UserError(f"{error} (--validation_steps 0 does without validation.)") from None
+    if args.image_column is None:
+        read_record(rows.features)
+    if args.streaming:
+        rows = datasets.Dataset.from_list(list(rows.take(args.max_validation_samples)), features=rows.features)
+    rows = rows.select(range(min(args.max_validation_samples, len(rows))))
+    if len(rows) == 0:
+        raise UserError(f"The split {args.validation_split!r} of {args.dataset_name} has no rows.")
+    return rows if args.image_column is not None else rows.with_format("numpy")
+
+
+def picture_reader(args, rows, features, class_column) -> tuple[ReadPictures, float]:
+    """How pictures are read, and their spread, from the first 1000 of them."""
+    if args.image_column not in features:
+        raise UserError(
+            f"--image_column: {args.dataset_name} has no column {args.image_column!r}; it has {', '.join(features)}."
+        )
+    first = list(itertools.islice(iter(rows), 1000))
+    if not first:
+        raise UserError(f"The split {args.train_split!r} of {args.dataset_name} has no rows.")
+    image = first[0][args.image_column]
+    if not hasattr(image, "convert"):
+        raise UserError(f"--image_column: the column {args.image_column!r} does not hold pictures.")
+    mode = "L" if image.mode in ("1", "L", "I", "I;16", "F", "LA") else "RGB"
+    read = ReadPictures(
+        args.image_column, mode, image.size[::-1], class_column, args.random_flip, args.dequantize, args.seed
+    )
+    columns = {name: [row[name] for row in first] for name in first[0]}
+    pixels = read(columns, list(range(len(first))))["clean"].double()
+    return read, max(pixels.std().item(), 1e-3)

@@ -1,0 +1,286 @@
+"""The training loop: optimizer steps with everything that keeps a long run alive and tells how it is doing."""
+
+import copy
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from tonefield.command_line import UserError
+from tonefield.training.checkpoints import Checkpoints, check_same_run, find_checkpoint, list_checkpoints
+from tonefield.training.data import Shares, TrainingData
+from tonefield.training.randomness import derive_seed, make_generators
+
+
+def make_accelerator(args) -> Accelerator:
+    """Accelerate as the flags describe it. The schedule advances once an optimizer step, whatever the processes."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    try:
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # a tracker or a precision that is not there
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+class Average:
+    """
+    The moving average of a network's weights, kept in a second network that is at all times ready to be used.
+
+    diffusers' `EMAModel` does the arithmetic. Its own way to use an average is to overwrite the live weights for a
+    while; here they are never touched.
+    """
+
+    def __init__(self, model: torch.nn.Module, args):
+        self.network = copy.deepcopy(model).requires_grad_(False).eval()
+        self.ema = EMAModel(
+            self.network.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power, foreach=True,
+        )  # fmt: skip
+        self.ema.shadow_params = list(self.network.parameters())
+        self.live = list(model.parameters())
+
+    def step(self) -> None:
+        self.ema.step(self.live)
+
+
+class Interruption:
+    """Notices SIGTERM and SIGUSR1, which clusters send before they end a job, and the end of the allotted time."""
+
+    def __init__(self, max_hours: float | None):
+        self.reason: str | None = None
+        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+
+    def __enter__(self) -> "Interruption":
+        self.before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, _frame) -> None:
+        self.reason = signal.Signals(number).name
+
+    def due(self) -> bool:
+        if self.reason is None and time.monotonic() > self.deadline:
+            self.reason = "--max_hours"
+        return self.reason is not None
+
+
+def memory_in_use() -> float:
+    """The most memory that this process has held, in GiB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Measurements:
+    """
+    Losses and gradient norms since they were last read. They stay on the device until then: reading a number makes the
+    host wait for the device, and that happens once every `--logging_steps`, not once a step.
+    """
+
+    def __init__(self, accelerator: Accelerator, shares: Shares, data: TrainingData):
+        self.accelerator, self.shares, self.data = accelerator, shares, data
+        self.start = time.monotonic()
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+
+    def read(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
+        """Means over all processes since the last reading, and whether any process wants to stop. `step` are done."""
+        steps, micro = len(self.norms), self.shares.accumulation
+        mine = torch.stack([*self.losses, *self.norms]).float()
+        everyone = self.accelerator.gather(torch.cat([mine, mine.new_tensor([float(stop)])])[None]).cpu()
+        losses = everyone[:, : steps * micro].reshape(-1, steps, micro)
+        norms = everyone[:, steps * micro : -1]
+        self._refuse_nonsense(losses, norms, step - steps)
+        seconds = time.monotonic() - self.start
+        values = {
+            "loss": losses.mean().item(),
+            "gradient_norm": norms.mean().item(),
+            "samples_per_second": steps * self.shares.per_step / seconds,
+            "seconds_per_step": seconds / steps,
+            "memory_gib": memory_in_use(),
+        }
+        self.losses, self.norms, self.start = [], [], time.monotonic()
+        return values, bool(everyone[:, -1].any())
+
+    def _refuse_nonsense(self, losses: torch.Tensor, norms: torch.Tensor, first: int) -> None:
+        """Stops at the first loss or gradient that is no number. (fp16 skips gradients that overflow.)"""
+        bad = ~losses.isfinite()
+        bad_steps = bad.any(dim=2).any(dim=0)
+        if self.accelerator.mixed_precision != "fp16":
+            bad_steps |= ~norms.isfinite().all(dim=0)
+        if not bad_steps.any():
+            return
+        offset = int(bad_steps.nonzero()[0])
+        where = [(process, micro) for process, micro in bad[:, offset].nonzero().tolist()]
+        what = f"The loss is {losses[:, offset][bad[:, offset]][0].item()}" if where else "The gradient is not finite"
+        row_of = getattr(self.data.train, "row_of", lambda position: position)
+        everywhere = [(p, m) for p in range(losses.shape[0]) for m in range(losses.shape[2])]
+        rows = [row_of(p) for process, micro in where or everywhere
+                for p in self.shares.positions(first + offset, micro, process)]  # fmt: skip
+        raise UserError(
+            f"{what} at step {first + offset + 1}, rows {', '.join(map(str, rows))} of the training data. The run"
+            " stops here; the checkpoints are from before. A lower --learning_rate may help."
+        )
+
+
+def train(
+    args,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: TrainingData,
+    compute_loss: Callable[[Callable, dict, list[torch.Generator]], torch.Tensor],
+    generate: Callable[[torch.nn.Module, int], None] | None = None,
+    run: dict | None = None,
+    name: str = "unet",
+) -> torch.nn.Module | None:
+    """
+    Trains `model` and returns what to publish, or `None` when a signal ended the run early.
+
+    Args:
+        args: The flags of `add_data_arguments` and `add_training_arguments`.
+        compute_loss: The loss of a batch: of the network to call, the batch, and one generator per sample.
+        generate: Makes samples with a network after a number of steps; called by the main process.
+        run: What must be the same when the run is resumed.
+        name: What to call the network's subfolder.
+    """
+    device, folder = accelerator.device, Path(args.output_dir)
+    run = data.describe() | (run or {})
+    shares = Shares(
+        args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    )
+    run["samples per step"] = shares.per_step
+    found = find_checkpoint(args.resume_from_checkpoint, folder) if args.resume_from_checkpoint else None
+    if found:
+        check_same_run(found[1], run, found[0])
+    elif not args.resume_from_checkpoint and list_checkpoints(folder):
+        raise UserError(
+            f"{folder} has checkpoints of an earlier run: continue it with --resume_from_checkpoint latest, or choose"
+            " another --output_dir."
+        )
+
+    model.to(device)
+    average = Average(model, args) if args.use_ema else None
+    networks = {name: model} | ({f"{name}_ema": average.network} if average else {})
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+        args.adam_weight_decay,
+    )  # fmt: skip
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit)
+
+    step, resume_at = 0, None
+    if found:
+        path, state = found
+        checkpoints.restore(path)
+        step, resume_at = state["step"], state["resume_at"]
+        if average:
+            average.ema.optimization_step = state["ema_step"]
+        accelerator.print(f"continuing from {path}, step {step}")
+    if args.report_to != "none":
+        accelerator.init_trackers(args.tracker_project_name, {k: v for k, v in vars(args).items() if v is not None})
+
+    def save() -> None:
+        ema_step = average.ema.optimization_step if average else 0
+        checkpoints.save(step, {"resume_at": resume_at, "ema_step": ema_step, "run": run})
+
+    def report(values: dict[str, float]) -> None:
+        accelerator.log(values, step=step)
+        if accelerator.is_main_process:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            if args.test or not sys.stderr.isatty():
+                tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    best = average.network if average else model
+    measurements = Measurements(accelerator, shares, data)
+    batches = iter(data.train.batches(shares, step, args.dataloader_num_workers, resume_at))
+    bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not accelerator.is_main_process or None)
+    network.train()
+    with Interruption(args.max_hours) as interruption:
+        while step < args.max_train_steps:
+            for _ in range(shares.accumulation):
+                batch = next(batches)
+                positions, resume_at = batch["positions"], batch.get("resume_at")
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+                torch.manual_seed(derive_seed(args.seed, "dropout", positions[0]))
+                with accelerator.accumulate(network):
+                    loss = compute_loss(network, batch, make_generators(args.seed, "noise", positions, device))
+                    accelerator.backward(loss)
+                    measurements.losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                        measurements.norms.append(norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            schedule.step()
+            if average:
+                average.step()
+            step += 1
+            bar.update()
+
+            # Processes agree to stop when they read the loss anyway. One alone need not wait until then.
+            stop = interruption.due()
+            last = step == args.max_train_steps
+            saving = step % args.checkpointing_steps == 0 or last
+            validating = args.validation_steps > 0 and (step % args.validation_steps == 0 or last)
+            alone = accelerator.num_processes == 1
+            if step % args.logging_steps == 0 or saving or validating or (stop and alone):
+                values, stop = measurements.read(step, stop)
+                bar.set_postfix(loss=f"{values['loss']:.4g}")
+                report(values | {"learning_rate": schedule.get_last_lr()[0]})
+                if saving or stop:
+                    save()
+                if stop:
+                    break
+                if validating:
+                    report({"validation_loss": validation_loss(args, accelerator, best, data, compute_loss)})
+                    if generate is not None and accelerator.is_main_process:
+                        generate(best, step)
+                    accelerator.wait_for_everyone()
+                    network.train()
+                measurements.start = time.monotonic()
+    bar.close()
+    if step < args.max_train_steps:
+        reason = interruption.reason or "another process"
+        accelerator.print(f"stopped at step {step} by {reason}; continue with --resume_from_checkpoint latest")
+        return best if reason == "--max_hours" else None
+    return best
+
+
+@torch.no_grad()
+def validation_loss(args, accelerator: Accelerator, network, data: TrainingData, compute_loss) -> float:
+    """The loss of the held-out rows. A row meets the same noise every time, so that the numbers can be compared."""
+    network.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    mine = data.validation_batches(args.train_batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in mine:
+        generators = make_generators(args.seed, "validation", batch["positions"], accelerator.device)
+        tensors = {k: v.to(accelerator.device) for k, v in batch.items() if torch.is_tensor(v)}
+        with accelerator.autocast():
+            loss = compute_loss(network, tensors, generators).float()
+        total += torch.tensor([loss.item() * len(generators), len(generators)], dtype=torch.float64)
+    loss, count = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
+    return loss / count

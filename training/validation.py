@@ -1,0 +1,78 @@
+"""What a network in training makes, where a person can look and listen: pictures and sounds in files and trackers."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from tonefield.data.pictures import draw_mels
+from tonefield.training.data import TrainingData
+from tonefield.training.randomness import make_generators
+
+
+@torch.no_grad()
+def draw_samples(
+    unet: torch.nn.Module,
+    scheduler,
+    shape: tuple[int, int, int],
+    count: int,
+    num_inference_steps: int,
+    seed: int,
+    class_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Samples of a network, by diffusers' loop with any of our schedulers. Sample i depends on its seed alone."""
+    device = next(unet.parameters()).device
+    scheduler = type(scheduler).from_config(scheduler.config)  # the run of another leaves no trace in this one
+    scheduler.set_timesteps(num_inference_steps, device)
+    generators = make_generators(seed, "sample", list(range(count)), device)
+    draw = getattr(scheduler, "sample_noise", randn_tensor)
+    sample = draw((count, *shape), generator=generators, device=device) * scheduler.init_noise_sigma
+    labels = {} if class_labels is None else {"class_labels": class_labels.to(device)}
+    for t in scheduler.timesteps:
+        output = unet(scheduler.scale_model_input(sample, t), t.expand(count), **labels).sample
+        sample = scheduler.step(output, t, sample, generator=generators).prev_sample
+    return sample
+
+
+def spread_labels(count: int, num_classes: int) -> torch.Tensor | None:
+    """One label a sample, as many different ones as can be."""
+    return torch.arange(count) * max(1, num_classes // max(1, count)) % num_classes if num_classes else None
+
+
+def show_samples(
+    samples: torch.Tensor, data: TrainingData, labels: torch.Tensor | None, folder: Path, step: int, trackers: list
+) -> None:
+    """Writes `step-<step>.png`, for mels also their sounds, and hands both to the trackers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    titles = [data.class_names[label] for label in labels.tolist()] if labels is not None else []
+    picture, sounds = folder / f"step-{step:07d}.png", []
+    samples = samples.float().cpu()
+    if data.mel is None:
+        pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        Image.fromarray(np.concatenate([row.squeeze(-1) if row.shape[-1] == 1 else row for row in pixels], 1)).save(
+            picture
+        )
+    else:
+        draw_mels(samples, data.mel, picture, titles)
+        generator = torch.Generator().manual_seed(0)
+        sounds = list(data.mel.decode(samples.nan_to_num(), generator=generator).clamp(-1, 1).numpy())
+        for index, sound in enumerate(sounds):
+            soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, data.mel.config.sample_rate)
+    for tracker in trackers:
+        track(tracker, picture, sounds, data.mel.config.sample_rate if data.mel else 0, step)
+
+
+def track(tracker, picture: Path, sounds: list[np.ndarray], rate: int, step: int) -> None:
+    """The trackers that show sounds, each in its own words; the others have the numbers and the files."""
+    if tracker.name == "tensorboard":
+        tracker.writer.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), step, dataformats="HWC")
+        for index, sound in enumerate(sounds):
+            tracker.writer.add_audio(f"samples/{index}", sound[None], step, sample_rate=rate)
+    elif tracker.name == "wandb":
+        import wandb
+
+        tracker.log({"samples": wandb.Image(str(picture))}, step=step)
+        tracker.log({f"samples/{i}": wandb.Audio(sound, rate) for i, sound in enumerate(sounds)}, step=step)
