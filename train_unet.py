@@ -258,7 +258,7 @@ def make_loss(args, scheduler, data, accelerator):
 
         if args.objective in WITH_CHARGES:
             charges, classes = charges_of(batch, unet.training)
-            classes = None if classes is None else (labels, classes)
+            classes = None if classes is None or labels is None else (labels, classes)
             loss = objectives.field_loss if args.objective == "field" else objectives.stable_target_loss
             return loss(network, clean, generators, scheduler, charges, classes)
         loss = objectives.denoiser_loss

@@ -357,7 +357,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             row, sample = (~waveform.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"Sample {sample} of waveform {row} is not a finite number.")
         # A processor computes pieces that fit into its cache faster than a large batch at once.
-        rows = max(1, 2**17 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
+        rows = max(1, 2**18 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
         mel = torch.cat([self._bands(part) for part in waveform.split(max(1, rows))])
         low, high = self.value_range
         reference = torch.zeros(len(mel), device=mel.device)

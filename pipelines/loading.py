@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -33,7 +34,7 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, DiffusionPipeline.config_name)):
         raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
     try:
-        config = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
+        config: Any = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
     except OSError as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{name} is neither a folder nor a pipeline on the Hub that can be read: {reason}") from error

@@ -1,3 +1,6 @@
+# diffusers' `progress_bar` and optional components are typed as something else than they are:
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 """Sound from Poisson flow and diffusion on mel spectrograms, and pictures from the same models without a mel."""
 
 from collections.abc import Callable

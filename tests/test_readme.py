@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(file, synthesize("drums", 7.0, 22050, seed=index), 22050)
     (folder / "my_sounds" / "metadata.csv").write_text(metadata)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder
 
 

@@ -232,7 +232,7 @@ def train(
                     measurements.losses.append(loss.detach())
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-                        measurements.norms.append(norm)
+                        measurements.norms.append(torch.as_tensor(norm))
                     optimizer.step()
                     optimizer.zero_grad()
             schedule.step()

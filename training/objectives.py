@@ -9,6 +9,7 @@ DDPM 2006.11239, v-prediction 2202.00512, score SDEs 2011.13456.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -98,7 +99,7 @@ def field_loss(
 
 
 def by_class(
-    compute: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+    compute: Callable[[Any, Any], tuple[torch.Tensor, ...]],
     count: int,
     classes: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:

@@ -72,7 +72,7 @@ def track(tracker, picture: Path, sounds: list[np.ndarray], rate: int, step: int
         for index, sound in enumerate(sounds):
             tracker.writer.add_audio(f"samples/{index}", sound[None], step, sample_rate=rate)
     elif tracker.name == "wandb":
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         tracker.log({"samples": wandb.Image(str(picture))}, step=step)
         tracker.log({f"samples/{i}": wandb.Audio(sound, rate) for i, sound in enumerate(sounds)}, step=step)
