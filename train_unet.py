@@ -32,6 +32,8 @@ MODEL_SIZES = {
     "large": dict(block_out_channels=(128, 256, 384, 512), layers=3, attention_from=2, head_dim=64, groups=32),
 }  # fmt: skip
 
+MAX_ATTENTION = 4096  # positions that attend to one another; the cost grows with their square
+
 POISSON = ("pfgmpp", "stable_target", "field")
 WITH_CHARGES = ("stable_target", "field")
 OBJECTIVES = (*POISSON, "epsilon", "v_prediction", "ve", "vp", "subvp")
@@ -156,12 +158,16 @@ def make_unet(args, data):
         config = config | derived
     else:
         size = MODEL_SIZES[args.model_size]
-        attention = [level >= size["attention_from"] for level in range(len(size["block_out_channels"]))]
+        positions = [(height >> level) * (width >> level) for level in range(len(size["block_out_channels"]))]
+        attention = [
+            level >= size["attention_from"] and count <= MAX_ATTENTION for level, count in enumerate(positions)
+        ]
         config = derived | {
             "block_out_channels": size["block_out_channels"],
             "layers_per_block": size["layers"],
             "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
             "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+            "add_attention": attention[-1],
             "attention_head_dim": size["head_dim"],
             "norm_num_groups": size["groups"],
             "dropout": args.dropout,

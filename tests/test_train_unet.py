@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -280,3 +281,11 @@ def test_bad_runs(mels, sounds, usual, tmp_path):
             "--objective=field", "--train_batch_size=1")  # fmt: skip
     assert os.listdir(tmp_path / "out") == []
     assert Path(usual, "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("size, levels", [(64, [1]), (256, [])])
+def test_attention_is_left_out_where_it_would_cost_too_much(size, levels):
+    args = train_unet.parse_args(["--dataset_name", "x", "--output_dir", "y", "--model_size", "tiny"])
+    unet = train_unet.make_unet(args, SimpleNamespace(sample_shape=(1, size, size), class_names=None))
+    assert [level for level, block in enumerate(unet.config.down_block_types) if "Attn" in block] == levels
+    assert (unet.mid_block.attentions[0] is not None) == bool(levels)
