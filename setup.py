@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py as _build_py
 
 
-FOLDERS = ("data", "models", "pipelines", "schedulers", "training")
+FOLDERS = ("conversion", "data", "models", "pipelines", "schedulers", "training")
 SCRIPTS = ("audio_to_images", "train_unet")
 
 

@@ -10,6 +10,7 @@ what the network generates in `samples`, and at the end the pipeline, with the a
 """
 
 import argparse
+import importlib
 import json
 import math
 from argparse import BooleanOptionalAction
@@ -31,6 +32,13 @@ MODEL_SIZES = {
     "medium": dict(block_out_channels=(64, 128, 256, 256), layers=2, attention_from=2, head_dim=64, groups=32),
     "large": dict(block_out_channels=(128, 256, 384, 512), layers=3, attention_from=2, head_dim=64, groups=32),
 }  # fmt: skip
+
+# What --model_config may name, and where it is found.
+NETWORKS = {
+    "UNet2DModel": "diffusers",
+    "PFGMUNet2DModel": "tonefield.models",
+    "PFGMTransformerUNet2DModel": "tonefield.models",
+}
 
 MAX_ATTENTION = 4096  # positions that attend to one another; the cost grows with their square
 
@@ -77,8 +85,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     model = parser.add_argument_group("network and objective")
     model.add_argument("--model_size", choices=MODEL_SIZES, default="small", help="(default: %(default)s)")
-    model.add_argument("--model_config", metavar="FILE", help="instead: the UNet2DModel's arguments, JSON or YAML")
-    model.add_argument("--dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
+    model.add_argument(
+        "--model_config",
+        metavar="FILE",
+        help="instead: the network's arguments, JSON or YAML; _class_name is one of"
+        f" {', '.join(NETWORKS)} (default: the first). A recipe can hold them itself",
+    )
+    model.add_argument("--dropout", type=float, metavar="P", help="(default: that of --model_config, otherwise 0)")
     model.add_argument(
         "--objective",
         choices=OBJECTIVES,
@@ -112,7 +125,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     check_arguments(parser, args)
     for name in ("label_dropout", "dropout"):
-        if not 0 <= getattr(args, name) < 1:
+        if not 0 <= (getattr(args, name) or 0) < 1:
             parser.error(f"--{name} lies between 0 and 1, not at {getattr(args, name):g}")
     if args.objective not in POISSON and args.aug_dim is not None:
         parser.error(f"--aug_dim has no meaning with --objective {args.objective}")
@@ -125,11 +138,35 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def read_network(given: str) -> tuple[str, dict]:
+    """The class and the arguments that `--model_config` gives: in a file, or in the recipe, which passes them as JSON."""
+    import yaml
+
+    inline = given.lstrip().startswith("{")
+    source = "model_config" if inline else f"--model_config {given}"
+    try:
+        config = yaml.safe_load(given if inline else Path(given).read_text(encoding="utf-8"))  # YAML contains JSON
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{source} must consist of the arguments of a network.")
+    class_name = config.get("_class_name", next(iter(NETWORKS)))
+    if class_name not in NETWORKS:
+        raise UserError(f"{source} names the network {class_name}; there are {', '.join(NETWORKS)}.")
+    return class_name, {name: number(value) for name, value in config.items() if not name.startswith("_")}
+
+
+def number(value):
+    """YAML takes 1e-6, which has no point, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def make_unet(args, data):
     """The network for the data: the flags' layout, one channel more for a field, one class more for "no class"."""
     import torch
-    import yaml
-    from diffusers import UNet2DModel
 
     channels, height, width = data.sample_shape
     derived = {
@@ -138,14 +175,9 @@ def make_unet(args, data):
         "out_channels": channels + (args.objective == "field"),
         "num_class_embeds": len(data.class_names) + 1 if data.class_names else None,
     }
+    class_name = next(iter(NETWORKS))
     if args.model_config:
-        try:
-            config = yaml.safe_load(Path(args.model_config).read_text())  # YAML contains JSON
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--model_config {args.model_config} cannot be read: {first_line(error)}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"--model_config {args.model_config} must consist of the arguments of UNet2DModel.")
-        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        class_name, config = read_network(args.model_config)
         for name, meaning in {
             "num_class_embeds": "one for each class and one for none",
             "in_channels": "channels of the data",
@@ -155,7 +187,12 @@ def make_unet(args, data):
                 raise UserError(
                     f"--model_config has {name} {config[name]}, the dataset wants {derived[name]} ({meaning})."
                 )
-        config = config | derived
+        if class_name != "UNet2DModel" and args.objective not in POISSON:
+            raise UserError(
+                f"{class_name} sees noise levels, which --objective {args.objective} does not have:"
+                f" use {', '.join(POISSON)}, or a UNet2DModel."
+            )
+        config = config | derived | ({} if args.dropout is None else {"dropout": args.dropout})
     else:
         size = MODEL_SIZES[args.model_size]
         positions = [(height >> level) * (width >> level) for level in range(len(size["block_out_channels"]))]
@@ -170,7 +207,7 @@ def make_unet(args, data):
             "add_attention": attention[-1],
             "attention_head_dim": size["head_dim"],
             "norm_num_groups": size["groups"],
-            "dropout": args.dropout,
+            "dropout": args.dropout or 0.0,
         }
     levels = len(config.get("block_out_channels", (224, 448, 672, 896)))
     factor = 2 ** (levels - 1)
@@ -181,9 +218,9 @@ def make_unet(args, data):
         )
     torch.manual_seed(args.seed)
     try:
-        unet = UNet2DModel(**config)
+        unet = getattr(importlib.import_module(NETWORKS[class_name]), class_name)(**config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"UNet2DModel cannot be built: {first_line(error)}") from None
+        raise UserError(f"{class_name} cannot be built: {first_line(error)}") from None
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
@@ -209,9 +246,11 @@ def make_scheduler(args, data):
             _, z_max, _ = pfgm_hyperparameters(data.sigma_data * math.sqrt(size), size)
             low, high = 0.002, z_max / math.sqrt(aug_dim)
             low, high = sigmas.get("sigma_min", low), sigmas.get("sigma_max", high)
-            # PFGM's noise levels are uniform in ln(sigma): the normal law of the same mean and deviation.
+            # PFGM's noise levels are uniform in ln(sigma): the normal law of the same mean and deviation. The component
+            # along the augmented axis is one number of N + 1 in the loss and is not to be trusted close to the data.
             settings |= {
                 "prediction_type": "field",
+                "z_exp": 1.0,
                 "sigma_min": low,
                 "sigma_max": high,
                 "p_mean": math.log(low * high) / 2,

@@ -7,5 +7,14 @@ from tonefield._lazy import attach
 
 if TYPE_CHECKING:
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
+    from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
+    from .unet_2d_pfgm_transformer import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
 
-__getattr__, __dir__, __all__ = attach(__name__, {"MelSpectrogram": "mel_spectrogram"})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "MelSpectrogram": "mel_spectrogram",
+        "PFGMTransformerUNet2DModel": "unet_2d_pfgm_transformer",
+        "PFGMUNet2DModel": "unet_2d_pfgm",
+    },
+)

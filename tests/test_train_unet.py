@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import UNet2DModel
 from training_runs import RECIPE, ROOT, make_dataset, make_sounds, reset_accelerate, train
 
-from tonefield import train_unet
+import tonefield
+from tonefield import PFGMTransformerUNet2DModel, PFGMUNet2DModel, train_unet
 from tonefield.command_line import UserError
 from tonefield.data.loading import read_record
 from tonefield.models import MelSpectrogram
@@ -185,10 +188,94 @@ def test_test_switch(mels, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_read(recipe):
-    args = train_unet.parse_args([f"--config={recipe}", "--dataset_name=x"])
-    assert args.max_train_steps > 1
+RECIPES = {  # the samples that a recipe speaks of, its network, and for published ones the published size
+    "128_deep": (128, PFGMUNet2DModel, 190_650_114),
+    "128_tiny": (128, PFGMUNet2DModel, 91_771_010),
+    "64_deep": (64, PFGMUNet2DModel, 259_592_450),
+    "fsdd-64-cpu": (64, UNet2DModel, None),
+    "fsdd-64-gpu": (64, UNet2DModel, None),
+    "mel-256-24gb": (256, UNet2DModel, None),
+    "mel-256-8gpu": (256, UNet2DModel, None),
+    "sd_128": (128, PFGMTransformerUNet2DModel, 42_843_778),
+    "sd_64": (64, PFGMTransformerUNet2DModel, 42_843_778),
+    "test-tiny": (16, UNet2DModel, None),
+}
+
+
+def test_every_recipe_is_known():
+    assert sorted(RECIPES) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    size, network, parameters = RECIPES[name]
+    args = train_unet.parse_args([f"--config={ROOT / 'recipes' / name}.yaml", "--dataset_name=x"])
+    data = SimpleNamespace(sample_shape=(1, size, size), class_names=None, sigma_data=0.5)
+    with torch.device("meta"):
+        unet = train_unet.make_unet(args, data)
+    scheduler = train_unet.make_scheduler(args, data)
+    assert type(unet) is network
+    if parameters is None:
+        assert (scheduler.config.prediction_type, unet.config.out_channels) == ("edm", 1)
+    else:
+        assert unet.num_parameters() == parameters
+        # The field of one augmented dimension, without classes, for half a million batches.
+        assert (scheduler.config.prediction_type, scheduler.config.aug_dim) == ("field", 1)
+        assert scheduler.config.z_exp == 1
+        assert args.class_conditional is False
+        assert args.max_train_steps * args.gradient_accumulation_steps == pytest.approx(500_000, rel=1e-3)
+        assert args.field_batch_size is None or args.field_batch_size >= args.train_batch_size
+
+
+def published(**arguments):
+    """The layout of a published network at a width for tests, as a recipe holds it."""
+    return dict(
+        _class_name="PFGMUNet2DModel", block_out_channels=[8, 16], layers_per_block=1,
+        down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        downsample_type="resnet", upsample_type="resnet",
+    ) | arguments  # fmt: skip
+
+
+TRANSFORMER = dict(
+    _class_name="PFGMTransformerUNet2DModel", block_out_channels=[32, 32], layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [published(), TRANSFORMER], ids=lambda network: network["_class_name"])
+def test_a_recipe_holds_its_network(mels, tmp_path, network):
+    """From the recipe to the loaded pipeline: another class than diffusers', with classes, resumed half way."""
+    recipe = tmp_path / "recipe.yaml"
+    lines = yaml.safe_load(RECIPE.read_text()) | {"model_config": network, "objective": "field", "max_train_steps": 2}
+    recipe.write_text(yaml.safe_dump(lines))
+    folder = train(tmp_path / "out", mels, "--validation_steps=2", config=recipe)
+    train(tmp_path / "more", mels, f"--resume_from_checkpoint={folder / 'checkpoint-2'}", "--max_train_steps=3",
+          config=recipe)  # fmt: skip
+    pipe = tonefield.load(tmp_path / "more")
+    assert type(pipe.unet).__name__ == network["_class_name"]
+    assert pipe.unet.config.num_class_embeds == 3
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    sounds = pipe(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=4, generator=generators)
+    alone = pipe(class_labels=[1], guidance_scale=2.0, num_inference_steps=4, generator=generators[1].manual_seed(1))
+    assert np.isfinite(sounds.audios).all() and sounds.audios.std() > 0
+    np.testing.assert_allclose(sounds.mels[1], alone.mels[0], rtol=0, atol=1e-4 * np.abs(alone.mels).max())
+    # What was saved is a recipe's network as well.
+    _, again, _ = built(mels, f"--model_config={tmp_path / 'more' / 'unet' / 'config.json'}", "--objective=field")
+    assert type(again) is type(pipe.unet)
+    again.load_state_dict(pipe.unet.state_dict())
+
+
+def test_dropout_is_the_flags_or_the_networks(mels):
+    def dropout(network, *flags):
+        _, unet, _ = built(mels, f"--model_config={json.dumps(network)}", *flags)
+        return unet.config.dropout
+
+    args = train_unet.parse_args(["--dataset_name=x", f"--model_config={json.dumps(published(dropout=0.2))}"])
+    unet = train_unet.make_unet(args, SimpleNamespace(sample_shape=(1, 16, 16), class_names=None))
+    assert unet.config.dropout == 0.2
+    assert dropout(published(dropout=0.2), "--dropout=0.3") == 0.3
 
 
 # What is refused.
@@ -246,6 +333,13 @@ def test_bad_networks(mels, tmp_path):
     refused("num_class_embeds 11, the dataset wants 3", {"num_class_embeds": 11})
     refused("in_channels 3, the dataset wants 1", {"in_channels": 3})
     refused("must consist of the arguments", [1])
+    refused("net.json names the network UNet3000; there are UNet2DModel, PFGMUNet2DModel", {"_class_name": "UNet3000"})
+    refused("PFGMUNet2DModel cannot be built: .*depth", published(depth=3))
+    refused("PFGMUNet2DModel cannot be built: NoBlock does not exist", published(down_block_types=["NoBlock"] * 2))
+    refused("PFGMTransformerUNet2DModel cannot be built: .*depth", TRANSFORMER | {"depth": 3})
+    refused("PFGMUNet2DModel sees noise levels, which --objective vp does not have: use pfgmpp, stable_target, field",
+            published(), "--objective=vp")  # fmt: skip
+    refused("^model_config names the network X", None, '--model_config={"_class_name": "X"}')
     refused("UNet2DModel cannot be built: .*depth", {"depth": 3, "block_out_channels": [8, 16]})
     refused("6 levels halve the input 5 times, which 16 x 16 does not allow.*multiples of 32",
             {"block_out_channels": [8] * 6})  # fmt: skip

@@ -16,6 +16,8 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
 
 if TYPE_CHECKING:
     from .models import MelSpectrogram as MelSpectrogram
+    from .models import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
+    from .models import PFGMUNet2DModel as PFGMUNet2DModel
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
@@ -26,6 +28,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
+        "PFGMTransformerUNet2DModel": "models",
+        "PFGMUNet2DModel": "models",
         "PoissonFlowScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
         "load": "pipelines",

@@ -1,6 +1,7 @@
 """What every script does alike: recipes under the flags, and one readable line for a user's error."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
             flags += [flag]
         elif value is False:
             flags += [f"--no-{name}"] if f"--no-{name}" in known else []
+        elif isinstance(value, dict):
+            flags += [f"{flag}={json.dumps(value)}"]
         elif isinstance(value, list):
             flags += [flag, *map(str, value)]
         elif value is not None:

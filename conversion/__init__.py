@@ -1,0 +1,11 @@
+"""Published weights, brought into the classes of this collection and of diffusers."""
+
+from typing import TYPE_CHECKING
+
+from tonefield._lazy import attach
+
+
+if TYPE_CHECKING:
+    from .pfgm_unet import convert_pfgm_unet as convert_pfgm_unet
+
+__getattr__, __dir__, __all__ = attach(__name__, {"convert_pfgm_unet": "pfgm_unet"})

@@ -1,0 +1,77 @@
+"""The weights of published PFGM networks, under the names that they have in diffusers."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+
+
+# The published networks number their modules in the order of the forward pass, in one list (DDPM++) or in these.
+ORDER = ("all_modules", "time_embed", "input_blocks", "middle_block", "output_blocks", "out")
+MODULE = re.compile(rf"(?:module\.)?({'|'.join(ORDER)})\.(\d+)(?:\.(\d+))?\.(.+)")
+
+# What is inside of a module, there and here. `NIN` is a 1x1 convolution with a transposed matrix.
+RESNET = {
+    "GroupNorm_0": "norm1", "Conv_0": "conv1", "Dense_0": "time_emb_proj", "GroupNorm_1": "norm2", "Conv_1": "conv2",
+    "Conv_2": "conv_shortcut", "NIN_0": "conv_shortcut",
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
+RESAMPLING = {"op": "conv", "conv": "conv"}
+NAMES = {ResnetBlock2D: RESNET, Attention: ATTENTION, Downsample2D: RESAMPLING, Upsample2D: RESAMPLING}
+
+
+def forward_order(unet: torch.nn.Module) -> Iterator[str]:
+    """The names of a U-Net's modules in the order in which the published networks number theirs."""
+    yield from ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in")
+    for name in ("down_blocks", "mid_block", "up_blocks"):
+        part = unet.get_submodule(name)
+        blocks = [(name, part)] if name == "mid_block" else [(f"{name}.{i}", block) for i, block in enumerate(part)]
+        for path, block in blocks:
+            attentions = list(getattr(block, "attentions", []))
+            for i in range(len(block.resnets)):
+                yield f"{path}.resnets.{i}"
+                if i < len(attentions) and not isinstance(attentions[i], torch.nn.Identity):
+                    yield f"{path}.attentions.{i}"
+            for kind in ("downsamplers", "upsamplers"):
+                if getattr(block, kind, None):
+                    yield f"{path}.{kind}.0"
+    yield from ("conv_norm_out", "conv_out")
+
+
+def convert_pfgm_unet(unet: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The state of a `PFGMUNet2DModel` or `PFGMTransformerUNet2DModel` from that of a published network.
+
+    Args:
+        unet (`torch.nn.Module`): A network of the same layout; only its structure matters.
+        weights (`Mapping[str, torch.Tensor]`): The published tensors by name, in any order.
+    """
+    published: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        match = MODULE.fullmatch(key)
+        if match:  # a table of noise levels is not a weight
+            where = (ORDER.index(match[1]), *(int(number) for number in (match[2], match[3]) if number))
+            published.setdefault(where, {})[match[4]] = tensor
+    names = list(forward_order(unet))
+    if len(published) != len(names):
+        raise ValueError(f"The weights are of {len(published)} modules, the network has {len(names)}.")
+    converted = {}
+    for name, (_, tensors) in zip(names, sorted(published.items()), strict=True):
+        module = unet.get_submodule(name)
+        renamed = NAMES.get(type(module))
+        for inner, tensor in tensors.items():
+            path, _, parameter = inner.rpartition(".")
+            if renamed is not None:
+                path = renamed[path]
+            if parameter == "W":
+                tensor = tensor.T[:, :, None, None] if path == "conv_shortcut" else tensor.T
+            parameter = {"W": "weight", "b": "bias"}.get(parameter, parameter)
+            converted[".".join(filter(None, (name, path, parameter)))] = tensor
+    return converted

@@ -1,0 +1,191 @@
+"""The published PFGM networks, written down from their description as plain functions of named tensors.
+
+Nothing of diffusers or of this project is used. Layers take their tensors from `Weights`, which makes up what is first
+asked for, so that the names and shapes of the published weights come from here as well.
+"""
+
+import itertools
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+class Weights(dict):
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, name, *shape):
+        if name not in self:
+            fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
+            tensor = torch.randn(shape, generator=self.generator, dtype=torch.float64) / fan_in**0.5
+            self[name] = tensor + (1 if "norm" in name.lower() and name.endswith("weight") else 0)
+        return self[name]
+
+    def conv(self, name, x, out, kernel=3, **options):
+        return F.conv2d(
+            x, self(f"{name}.weight", out, x.shape[1], kernel, kernel), self(f"{name}.bias", out), **options
+        )
+
+    def linear(self, name, x, out, bias=True):
+        weight = self(f"{name}.weight", out, x.shape[-1])
+        return F.linear(x, weight, self(f"{name}.bias", out) if bias else None)
+
+    def nin(self, name, x, out):
+        """A 1x1 convolution whose matrix maps channels from the left."""
+        return (
+            torch.einsum("bihw,io->bohw", x, self(f"{name}.W", x.shape[1], out))
+            + self(f"{name}.b", out)[:, None, None]
+        )
+
+    def norm(self, name, x, groups, eps):
+        weight, bias = self(f"{name}.weight", x.shape[1]), self(f"{name}.bias", x.shape[1])
+        grouped = x.unflatten(1, (groups, -1))
+        mean, variance = grouped.mean((2, 3, 4), keepdim=True), grouped.var((2, 3, 4), correction=0, keepdim=True)
+        return ((grouped - mean) / (variance + eps).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+
+
+def sinusoids(z, dim):
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2 - 1))
+    angles = z[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def halve(x):
+    return F.avg_pool2d(x, 2)
+
+
+def double(x):
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def ddpmpp(w, x, z, nf, multipliers, blocks, attention, biggan, centered=False):
+    """DDPM++ as PFGM has it; `attention` holds the levels that have it, the channel of the augmented axis comes last."""
+    numbers = itertools.count()
+    channels = x.shape[1]
+
+    def name():
+        return f"all_modules.{next(numbers)}"
+
+    def norm(layer, h):
+        return w.norm(layer, h, min(h.shape[1] // 4, 32), 1e-6)
+
+    embedding = w.linear(name(), sinusoids(z, nf), 4 * nf)
+    embedding = F.silu(w.linear(name(), F.silu(embedding), 4 * nf))
+
+    def block(h, out, resample=None):
+        layer, skip = name(), h
+        h = F.silu(norm(f"{layer}.GroupNorm_0", h))
+        if resample is not None:
+            h, skip = resample(h), resample(skip)
+        h = (
+            w.conv(f"{layer}.Conv_0", h, out, padding=1)
+            + w.linear(f"{layer}.Dense_0", embedding, out)[..., None, None]
+        )
+        h = w.conv(f"{layer}.Conv_1", F.silu(norm(f"{layer}.GroupNorm_1", h)), out, padding=1)
+        if skip.shape[1] != out or resample is not None:
+            skip = w.conv(f"{layer}.Conv_2", skip, out, 1) if biggan else w.nin(f"{layer}.NIN_0", skip, out)
+        return (skip + h) / math.sqrt(2)
+
+    def attend(h):
+        layer, size = name(), h.shape[1]
+        inner = norm(f"{layer}.GroupNorm_0", h)
+        q, k, v = (w.nin(f"{layer}.NIN_{i}", inner, size).flatten(2) for i in range(3))
+        weights = torch.einsum("bci,bcj->bij", q, k).div(math.sqrt(size)).softmax(dim=2)
+        inner = torch.einsum("bij,bcj->bci", weights, v).unflatten(2, h.shape[2:])
+        return (h + w.nin(f"{layer}.NIN_3", inner, size)) / math.sqrt(2)
+
+    h = w.conv(name(), x if centered else 2 * x - 1, nf, padding=1)
+    passed = [h]
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(blocks):
+            h = block(h, nf * multiplier)
+            if level in attention:
+                h = attend(h)
+            passed.append(h)
+        if level < len(multipliers) - 1:
+            if biggan:
+                h = block(h, h.shape[1], halve)
+            else:
+                h = w.conv(f"{name()}.conv", F.pad(h, (0, 1, 0, 1)), h.shape[1], stride=2)
+            passed.append(h)
+    h = block(h, h.shape[1])
+    h = attend(h)
+    h = block(h, h.shape[1])
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        for _ in range(blocks + 1):
+            h = block(torch.cat([h, passed.pop()], 1), nf * multiplier)
+        if level in attention:
+            h = attend(h)
+        if level > 0:
+            h = block(h, h.shape[1], double) if biggan else w.conv(f"{name()}.conv", double(h), h.shape[1], padding=1)
+    assert not passed
+    h = F.silu(norm(name(), h))
+    h = w.conv(name(), h, channels + 1, padding=1)
+    return h[:, :channels], h[:, channels].mean((1, 2))
+
+
+def transformer_unet(w, x, z, nf, multipliers, blocks, attention):
+    """The U-Net with transformer blocks; each channel is an attention head of its own."""
+    channels = x.shape[1]
+
+    def norm(layer, h, eps=1e-5):
+        return w.norm(layer, h, 32, eps)
+
+    embedding = w.linear("time_embed.0", sinusoids(z, nf), 4 * nf)
+    embedding = F.silu(w.linear("time_embed.2", F.silu(embedding), 4 * nf))
+
+    def block(layer, h, out):
+        skip = h
+        h = w.conv(f"{layer}.in_layers.2", F.silu(norm(f"{layer}.in_layers.0", h)), out, padding=1)
+        h = h + w.linear(f"{layer}.emb_layers.1", embedding, out)[..., None, None]
+        h = w.conv(f"{layer}.out_layers.3", F.silu(norm(f"{layer}.out_layers.0", h)), out, padding=1)
+        return h + (skip if skip.shape[1] == out else w.conv(f"{layer}.skip_connection", skip, out, 1))
+
+    def attend(layer, tokens):
+        size = tokens.shape[2]
+        q, k, v = (w.linear(f"{layer}.to_{kind}", tokens, size, bias=False) for kind in "qkv")
+        weights = torch.einsum("bic,bjc->bcij", q, k).softmax(dim=3)
+        return w.linear(f"{layer}.to_out.0", torch.einsum("bcij,bjc->bic", weights, v), size)
+
+    def layer_norm(layer, tokens):
+        size = tokens.shape[2]
+        return F.layer_norm(tokens, (size,), w(f"{layer}.weight", size), w(f"{layer}.bias", size), 1e-5)
+
+    def transformer(layer, h):
+        size = h.shape[1]
+        inner = w.conv(f"{layer}.proj_in", norm(f"{layer}.norm", h, 1e-6), size, 1)
+        tokens, path = inner.flatten(2).mT, f"{layer}.transformer_blocks.0"
+        tokens = tokens + attend(f"{path}.attn1", layer_norm(f"{path}.norm1", tokens))
+        tokens = tokens + attend(f"{path}.attn2", layer_norm(f"{path}.norm2", tokens))
+        value, gate = w.linear(f"{path}.ff.net.0.proj", layer_norm(f"{path}.norm3", tokens), 8 * size).chunk(2, dim=2)
+        tokens = tokens + w.linear(f"{path}.ff.net.2", value * F.gelu(gate), size)
+        return h + w.conv(f"{layer}.proj_out", tokens.mT.unflatten(2, h.shape[2:]), size, 1)
+
+    h = w.conv("input_blocks.0.0", x, nf, padding=1)
+    passed, numbers = [h], itertools.count(1)
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(blocks):
+            layer = f"input_blocks.{next(numbers)}"
+            h = block(f"{layer}.0", h, nf * multiplier)
+            if level in attention:
+                h = transformer(f"{layer}.1", h)
+            passed.append(h)
+        if level < len(multipliers) - 1:
+            h = w.conv(f"input_blocks.{next(numbers)}.0.op", h, h.shape[1], stride=2, padding=1)
+            passed.append(h)
+    h = block("middle_block.0", h, h.shape[1])
+    h = transformer("middle_block.1", h)
+    h = block("middle_block.2", h, h.shape[1])
+    numbers = itertools.count()
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        for i in range(blocks + 1):
+            layer = f"output_blocks.{next(numbers)}"
+            h = block(f"{layer}.0", torch.cat([h, passed.pop()], 1), nf * multiplier)
+            if level in attention:
+                h = transformer(f"{layer}.1", h)
+            if level > 0 and i == blocks:
+                h = w.conv(f"{layer}.{1 + (level in attention)}.conv", double(h), h.shape[1], padding=1)
+    assert not passed
+    h = w.conv("out.2", F.silu(norm("out.0", h)), channels + 1, padding=1)
+    return h[:, :channels], h[:, channels].mean((1, 2))
