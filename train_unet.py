@@ -139,7 +139,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def read_network(given: str) -> tuple[str, dict]:
-    """The class and the arguments that `--model_config` gives: in a file, or in the recipe, which passes them as JSON."""
+    """The class and the arguments that `--model_config` gives: a file, or JSON itself, as a recipe passes them."""
     import yaml
 
     inline = given.lstrip().startswith("{")
@@ -246,8 +246,8 @@ def make_scheduler(args, data):
             _, z_max, _ = pfgm_hyperparameters(data.sigma_data * math.sqrt(size), size)
             low, high = 0.002, z_max / math.sqrt(aug_dim)
             low, high = sigmas.get("sigma_min", low), sigmas.get("sigma_max", high)
-            # PFGM's noise levels are uniform in ln(sigma): the normal law of the same mean and deviation. The component
-            # along the augmented axis is one number of N + 1 in the loss and is not to be trusted close to the data.
+            # PFGM's noise levels are uniform in ln(sigma): the normal law of the same mean and deviation. Close to the
+            # data (z_exp) the component along the augmented axis, one of N + 1 in the loss, is not to be trusted.
             settings |= {
                 "prediction_type": "field",
                 "z_exp": 1.0,

@@ -1,8 +1,8 @@
 """The U-Net of the published PFGM models (https://huggingface.co/papers/2209.11178), for pictures and spectrograms.
 
 It is the DDPM++ network of the score SDEs (https://huggingface.co/papers/2011.13456), and diffusers' `UNet2DModel` but
-for what that one's arguments cannot say. One channel more than a sample has is the head of a field: the mean of the
-last channel is the component along the augmented axis. `PoissonFlowScheduler` takes that mean, so no code is needed here.
+for what that one's arguments cannot say. To predict a field it has one output channel more than a sample: the mean of
+the last one is the component along the augmented axis. `PoissonFlowScheduler` takes that mean.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """The U-Net with transformer blocks of the published PFGM models for spectrograms (`sd_64` and `sd_128`).
 
 It is the network of latent diffusion (https://huggingface.co/papers/2112.10752), on the spectrograms themselves and
-without a text: diffusers' `UNet2DConditionModel` but for how it is called and for the embedding of the noise level. One
-channel more than a sample has is the head of a field: the mean of the last channel is the component along the augmented
-axis. `PoissonFlowScheduler` takes that mean, so no code is needed here.
+without a text: diffusers' `UNet2DConditionModel` but for how it is called and for the embedding of the noise level. To
+predict a field it has one output channel more than a sample: the mean of the last one is the component along the
+augmented axis. `PoissonFlowScheduler` takes that mean.
 """
 
 import functools

@@ -23,9 +23,8 @@ class Weights(dict):
         return self[name]
 
     def conv(self, name, x, out, kernel=3, **options):
-        return F.conv2d(
-            x, self(f"{name}.weight", out, x.shape[1], kernel, kernel), self(f"{name}.bias", out), **options
-        )
+        weight = self(f"{name}.weight", out, x.shape[1], kernel, kernel)
+        return F.conv2d(x, weight, self(f"{name}.bias", out), **options)
 
     def linear(self, name, x, out, bias=True):
         weight = self(f"{name}.weight", out, x.shape[-1])
@@ -33,10 +32,8 @@ class Weights(dict):
 
     def nin(self, name, x, out):
         """A 1x1 convolution whose matrix maps channels from the left."""
-        return (
-            torch.einsum("bihw,io->bohw", x, self(f"{name}.W", x.shape[1], out))
-            + self(f"{name}.b", out)[:, None, None]
-        )
+        matrix, bias = self(f"{name}.W", x.shape[1], out), self(f"{name}.b", out)
+        return torch.einsum("bihw,io->bohw", x, matrix) + bias[:, None, None]
 
     def norm(self, name, x, groups, eps):
         weight, bias = self(f"{name}.weight", x.shape[1]), self(f"{name}.bias", x.shape[1])
@@ -60,7 +57,7 @@ def double(x):
 
 
 def ddpmpp(w, x, z, nf, multipliers, blocks, attention, biggan, centered=False):
-    """DDPM++ as PFGM has it; `attention` holds the levels that have it, the channel of the augmented axis comes last."""
+    """DDPM++ as PFGM has it, with attention at the given levels; returns both parts of the field."""
     numbers = itertools.count()
     channels = x.shape[1]
 

@@ -20,9 +20,7 @@ needs_golden = pytest.mark.skipif(GOLDEN is None, reason="TONEFIELD_GOLDEN does 
 def ddpmpp_unet(channels, size, nf, multipliers, blocks, attention, biggan, centered):
     """Our network for the settings of a published one."""
     attention = [level in attention for level in range(len(multipliers))]
-    plain_down, plain_up = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if biggan else ("DownBlock2D", "UpBlock2D")
-    )
+    kind = "Resnet{}sampleBlock2D" if biggan else "{}Block2D"
     return PFGMUNet2DModel(
         sample_size=size,
         in_channels=channels,
@@ -30,8 +28,8 @@ def ddpmpp_unet(channels, size, nf, multipliers, blocks, attention, biggan, cent
         center_input_sample=not centered,
         block_out_channels=[nf * multiplier for multiplier in multipliers],
         layers_per_block=blocks,
-        down_block_types=["AttnDownBlock2D" if here else plain_down for here in attention],
-        up_block_types=["AttnUpBlock2D" if here else plain_up for here in reversed(attention)],
+        down_block_types=["AttnDownBlock2D" if here else kind.format("Down") for here in attention],
+        up_block_types=["AttnUpBlock2D" if here else kind.format("Up") for here in reversed(attention)],
         downsample_type="resnet" if biggan else "conv",
         upsample_type="resnet" if biggan else "conv",
     )

@@ -16,10 +16,10 @@ def small(kind, width=8, **more):
             block_out_channels=[32, 64], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
             up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], **arguments,
         )  # fmt: skip
-    resample = "resnet" if kind == "biggan" else "conv"
+    resample, top = ("resnet", "ResnetUpsampleBlock2D") if kind == "biggan" else ("conv", "UpBlock2D")
     return PFGMUNet2DModel(
         block_out_channels=[width, 2 * width], down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-        up_block_types=["AttnUpBlock2D", "UpBlock2D"] if kind == "plain" else ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        up_block_types=["AttnUpBlock2D", top],
         downsample_type=resample, upsample_type=resample, **arguments,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from exact_networks import quiet
 from fake_hub import FakeHub
 
 import tonefield
-from tonefield import MelPFGMPipeline
+from tonefield import MelPFGMPipeline, PFGMTransformerUNet2DModel, PFGMUNet2DModel, PoissonFlowScheduler
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,42 @@ def test_hub(saved, run, work, bare_python):
         load += "pipe = DiffusionPipeline.from_pretrained('someone/tones', trust_remote_code=True)"
         run(load + GENERATE, bare_python, **hub.environment(work / "bare"))
         np.testing.assert_array_equal(heard(work), saved[1])
+
+
+PUBLISHED = {
+    "field": lambda: PFGMUNet2DModel(
+        sample_size=(16, 32), in_channels=1, out_channels=2, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), downsample_type="resnet",
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), upsample_type="resnet", num_class_embeds=4,
+    ),
+    "transformer": lambda: PFGMTransformerUNet2DModel(
+        sample_size=(16, 32), in_channels=1, out_channels=2, block_out_channels=(32, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), num_class_embeds=4,
+    ),
+}  # fmt: skip
+
+
+def test_networks_travel_too(mel, run, work, bare_python):
+    """Networks that are neither diffusers' nor the same class, all of one process's repositories."""
+    expected = {}
+    for name, make in PUBLISHED.items():
+        torch.manual_seed(0)
+        unet = make().eval()
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+        scheduler = PoissonFlowScheduler(aug_dim=1, prediction_type="field", z_exp=1.0, prior_radius_quantile=0.9)
+        pipe = quiet(MelPFGMPipeline(unet, scheduler, mel))
+        pipe.save_pretrained(work / name)
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        labels = dict(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
+        expected[name] = pipe(2, generator=generators, **labels).audios
+    load = "from diffusers import DiffusionPipeline\nfor name in 'field', 'transformer':\n"
+    body = "pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)" + GENERATE
+    body += "np.save(name + '.npy', sound.audios)\npipe.save_pretrained(name + '-again')"
+    run(load + textwrap.indent(body, "    "), bare_python)
+    for name, sounds in expected.items():
+        np.testing.assert_array_equal(np.load(work / f"{name}.npy"), sounds)
+        assert type(tonefield.load(work / f"{name}-again").unet) is type(PUBLISHED[name]())
 
 
 # What cannot be saved or loaded
