@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -29,18 +30,19 @@ NAMES = {ResnetBlock2D: RESNET, Attention: ATTENTION, Downsample2D: RESAMPLING, 
 def forward_order(unet: torch.nn.Module) -> Iterator[str]:
     """The names of a U-Net's modules in the order in which the published networks number theirs."""
     yield from ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in")
-    for name in ("down_blocks", "mid_block", "up_blocks"):
-        part = unet.get_submodule(name)
-        blocks = [(name, part)] if name == "mid_block" else [(f"{name}.{i}", block) for i, block in enumerate(part)]
-        for path, block in blocks:
-            attentions = list(getattr(block, "attentions", []))
-            for i in range(len(block.resnets)):
-                yield f"{path}.resnets.{i}"
-                if i < len(attentions) and not isinstance(attentions[i], torch.nn.Identity):
-                    yield f"{path}.attentions.{i}"
-            for kind in ("downsamplers", "upsamplers"):
-                if getattr(block, kind, None):
-                    yield f"{path}.{kind}.0"
+    middle: list[tuple[str, Any]] = [("mid_block", unet.mid_block)]
+    down, up = (
+        [(f"{name}.{i}", b) for i, b in enumerate(getattr(unet, name))] for name in ("down_blocks", "up_blocks")
+    )
+    for path, block in down + middle + up:
+        attentions = getattr(block, "attentions", [])
+        for i in range(len(block.resnets)):
+            yield f"{path}.resnets.{i}"
+            if i < len(attentions) and not isinstance(attentions[i], torch.nn.Identity):
+                yield f"{path}.attentions.{i}"
+        for kind in ("downsamplers", "upsamplers"):
+            if getattr(block, kind, None):
+                yield f"{path}.{kind}.0"
     yield from ("conv_norm_out", "conv_out")
 
 

@@ -6,6 +6,7 @@ the last one is the component along the augmented axis. `PoissonFlowScheduler` t
 """
 
 import functools
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -19,7 +20,7 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D
 # What the published networks have in common and the arguments can say: sinusoids with sines first whose slowest has
 # the frequency 1/10000, one attention head over all channels, and strided convolutions that are padded behind the last
 # row and column alone (which diffusers does where it is told not to pad).
-DEFAULTS = dict(
+DEFAULTS: dict[str, Any] = dict(
     freq_shift=1, flip_sin_to_cos=False, norm_eps=1e-6, norm_num_groups=32, attention_head_dim=None,
     downsample_padding=0,
 )  # fmt: skip
@@ -54,11 +55,12 @@ class PFGMUNet2DModel(UNet2DModel):
     """
 
     @functools.wraps(UNet2DModel.__init__)  # the configuration is read from the signature
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         arguments = DEFAULTS | arguments
-        # Groups of 4 channels exist wherever the published networks do.
-        super().__init__(**arguments | {"norm_num_groups": 4})
-        self.register_to_config(norm_num_groups=arguments["norm_num_groups"])
+        most_groups = arguments.pop("norm_num_groups")
+        # Groups of 4 channels are possible wherever those of the published networks are.
+        super().__init__(norm_num_groups=4, **arguments)
+        self.register_to_config(norm_num_groups=most_groups)
         self.time_proj = NoiseLevelEmbedding(
             self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
         )
@@ -74,9 +76,10 @@ class PFGMUNet2DModel(UNet2DModel):
             elif isinstance(module, Attention):
                 module.rescale_output_factor = 2**0.5
             elif isinstance(module, torch.nn.GroupNorm):
-                module.num_groups = min(module.num_channels // 4, arguments["norm_num_groups"])
+                module.num_groups = min(module.num_channels // 4, most_groups)
         for name, module in self.named_modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 ends_residual = name.endswith(("conv2", "to_out.0", "conv_out"))
                 torch.nn.init.xavier_uniform_(module.weight, gain=1e-5 if ends_residual else 1.0)
-                torch.nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)

@@ -7,6 +7,7 @@ augmented axis. `PoissonFlowScheduler` takes that mean.
 """
 
 import functools
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -41,9 +42,9 @@ class PFGMTransformerUNet2DModel(UNet2DConditionModel):
     """
 
     @functools.wraps(UNet2DConditionModel.__init__)  # the configuration is read from the signature
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         channels = arguments.get("block_out_channels", (320, 640, 1280, 1280))
-        defaults = dict(freq_shift=1, flip_sin_to_cos=False, cross_attention_dim=list(channels))
+        defaults: dict[str, Any] = dict(freq_shift=1, flip_sin_to_cos=False, cross_attention_dim=list(channels))
         super().__init__(**defaults | arguments)
         c = self.config
         first = c.block_out_channels[0]
@@ -57,10 +58,11 @@ class PFGMTransformerUNet2DModel(UNet2DConditionModel):
             )  # fmt: skip
             self.conv_in = torch.nn.Conv2d(c.in_channels, stem, kernel_size=3, padding=1)
             self.time_embedding = TimestepEmbedding(stem, embedding_dim)
-            self.down_blocks[0].resnets[0] = ResnetBlock2D(in_channels=stem, **block)
+            self.set_submodule("down_blocks.0.resnets.0", ResnetBlock2D(in_channels=stem, **block))
             # The last block of all is shown what the first convolution made, beside what comes from below.
-            below = self.up_blocks[-1].resnets[-1].in_channels - first
-            self.up_blocks[-1].resnets[-1] = ResnetBlock2D(in_channels=below + stem, **block)
+            last = f"up_blocks.{len(self.up_blocks) - 1}.resnets.{c.layers_per_block}"
+            below = self.get_submodule(last).in_channels - first
+            self.set_submodule(last, ResnetBlock2D(in_channels=below + stem, **block))
 
     def forward(
         self,
@@ -76,4 +78,5 @@ class PFGMTransformerUNet2DModel(UNet2DConditionModel):
             class_labels (`torch.Tensor`, *optional*): Labels, with `num_class_embeds`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `UNet2DConditionOutput`.
         """
-        return super().forward(sample, timestep, None, class_labels=class_labels, return_dict=return_dict)
+        no_text: Any = None  # the annotation in diffusers leaves it out
+        return super().forward(sample, timestep, no_text, class_labels=class_labels, return_dict=return_dict)
