@@ -157,11 +157,13 @@ def test_flags_of_network_and_scheduler(mels, tmp_path):
     _, small, _ = built(mels, "--model_size=small")
     assert small.num_parameters() > 10 * tiny.num_parameters()
     (tmp_path / "net.yaml").write_text("block_out_channels: [4, 8]\nnorm_num_groups: 2\nlayers_per_block: 1\n"
+                                       "norm_eps: 1e-6\n"
                                        "down_block_types: [DownBlock2D, DownBlock2D]\nattention_head_dim: 4\n"
                                        "up_block_types: [UpBlock2D, UpBlock2D]\n")  # fmt: skip
     _, own, _ = built(mels, f"--model_config={tmp_path / 'net.yaml'}")
     assert own.config.block_out_channels == [4, 8]
     assert own.config.num_class_embeds == 3
+    assert own.config.norm_eps == 1e-6
 
 
 def test_pictures(tmp_path):

@@ -41,7 +41,9 @@ KINDS = ["plain", "biggan", "transformer"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(kind, tmp_path, caplog):
-    unet = randomise(small(kind, num_class_embeds=3, dropout=0.1, norm_num_groups=8 if kind == "transformer" else 2))
+    more = dict(norm_num_groups=8, time_embedding_dim=64) if kind == "transformer" else dict(norm_num_groups=2)
+    unet = randomise(small(kind, num_class_embeds=3, dropout=0.1, **more))
+    assert {block.dropout.p for block in unet.modules() if isinstance(block, ResnetBlock2D)} == {0.1}
     unet.save_pretrained(tmp_path)
     loaded = type(unet).from_pretrained(tmp_path)
     assert not caplog.records
