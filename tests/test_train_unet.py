@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from training_runs import RECIPE, ROOT, make_dataset, make_sounds, reset_accelerate, train
 
 import tonefield
@@ -221,6 +222,13 @@ def test_recipes(name):
         assert (scheduler.config.prediction_type, unet.config.out_channels) == ("edm", 1)
     else:
         assert unet.num_parameters() == parameters
+        # What the number of parameters does not tell: attention is at 16 x 16 positions, if at any level.
+        modules = list(unet.modules())
+        levels = [level for level, kind in enumerate(unet.config.down_block_types) if "Attn" in kind]
+        assert [size >> level for level in levels] == ([] if name == "128_tiny" else [16])
+        heads = 256 if network is PFGMTransformerUNet2DModel else 1
+        assert {module.heads for module in modules if isinstance(module, Attention)} == {heads}
+        assert {module.num_groups for module in modules if isinstance(module, torch.nn.GroupNorm)} == {32}
         # The field of one augmented dimension, without classes, for half a million batches.
         assert (scheduler.config.prediction_type, scheduler.config.aug_dim) == ("field", 1)
         assert scheduler.config.z_exp == 1
