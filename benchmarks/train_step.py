@@ -109,7 +109,9 @@ def main(args: argparse.Namespace) -> None:
                 flags = [f"--config={args.config}", f"--dataset_name={dataset}", f"--output_dir={folder}/{flag}", flag]
                 flags += [f"--train_batch_size={args.batch}", f"--max_train_steps={args.steps + UNCOUNTED}"]
                 seconds, problem = measure([*flags, "--validation_steps=0", f"--logging_steps={args.logging_steps}"])
-                loop, bare, averaged = (np.array(times[UNCOUNTED : args.steps + UNCOUNTED - 1]) for times in seconds.values())
+                loop, bare, averaged = (
+                    np.array(times[UNCOUNTED : args.steps + UNCOUNTED - 1]) for times in seconds.values()
+                )
                 rows["bare forward, backward, AdamW"] = np.median(bare), 1.0
                 rows["bare with clipping and average"] = np.median(averaged), np.median(averaged / bare)
                 rows[name] = np.median(loop), np.median(loop / bare)
