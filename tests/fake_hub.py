@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -28,6 +29,7 @@ class FakeHub:
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.private: set[tuple[str, str]] = set()
         self.read_only: set[tuple[str, str]] = set()
+        self.on_auth_check: Callable[[], object] = bool
         self.licenses: dict[tuple[str, str], str] = {}
         self.large: dict[str, bytes] = {}  # by their SHA-256: large files are sent before the commit that names them
         self.requests: list[str] = []
@@ -77,14 +79,18 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check/write", path):
-            return self._json({}) if self._may_write(match.groups()) else None
+            if self._may_write(match.groups()):
+                self._json({})
+                self.hub.on_auth_check()
+            return None
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             if (files := self._files(match)) is not None:
                 private = match.groups()[:2] in self.hub.private
                 siblings = [{"rfilename": name} for name in sorted(files)]
+                card = {"license": self.hub.licenses.get(match.groups()[:2])}
                 self._json({
                     "_id": "1", "id": match[2], "sha": _commit(files), "private": private, "tags": [], "downloads": 0,
-                    "likes": 0, "siblings": siblings, "cardData": {"license": self.hub.licenses.get(match.groups()[:2])},
+                    "likes": 0, "siblings": siblings, "cardData": card,
                 })  # fmt: skip
             return None
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):

@@ -52,13 +52,13 @@ def train(output, dataset, *flags, config=RECIPE):
     return Path(output)
 
 
-def start(output, dataset, *flags, launcher=(), variables=None):
+def start(output, dataset, *flags, launcher=()):
     """Starts the script as a process of its own."""
     argv = [f"--config={RECIPE}", f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train_unet.py"), *argv],
-        env=os.environ | threads | (variables or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

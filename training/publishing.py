@@ -38,7 +38,7 @@ def publish(pipeline, folder: Path, repository: str) -> None:
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=["samples/*", "metrics.jsonl"])
     except HUB_ERRORS as error:
         raise UserError(
-            f"The pipeline is in {folder}, but was not pushed: {first_line(error)} Try again with"
+            f"The pipeline is in {folder}, but was not pushed: {first_line(error).rstrip('.')}. Try again with"
             f" tonefield.load({str(folder)!r}).push_to_hub({repository!r})."
         ) from None
     print(f"pushed to {repository}")

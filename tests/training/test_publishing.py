@@ -3,50 +3,45 @@
 import json
 import os
 import re
-import subprocess
-import sys
+from types import SimpleNamespace
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
-from fake_hub import FakeHub
-from training_runs import ROOT, start
+from fake_hub import TOKEN, FakeHub
+from training_runs import RECIPE, train
 
+import tonefield
 from tonefield import train_unet
-from tonefield.training.publishing import command
+from tonefield.command_line import UserError
+from tonefield.training.publishing import license_of, training_facts
 
 
 NAME = "someone/two-tones"
 
 
-def environment(hub, folder, **variables):
-    return {**hub.environment(folder / "cache"), "PYTHONPATH": f"{ROOT}", **variables}
-
-
-def run(code, cwd, variables):
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=os.environ | variables, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture
-def hub():
+def hub(tmp_path, monkeypatch):
+    """A Hub, and this process told of it as the variables of the environment would tell a new one."""
     with FakeHub() as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 
-def ended(process):
-    output = process.communicate(timeout=120)[0]
-    return process.returncode, output
-
-
-def test_what_is_pushed_is_whole(hub, mels, tmp_path):
-    output = tmp_path / "out"
+def test_what_is_pushed_is_whole(hub, mels, tmp_path, capsys, monkeypatch):
     flags = ("--max_train_steps=3", "--max_train_samples=8", "--validation_steps=3", "--push_to_hub")
-    status, printed = ended(
-        start(output, mels, *flags, f"--hub_model_id={NAME}", "--hub_private_repo", variables=environment(hub, tmp_path))
-    )
-    assert status == 0, printed
-    assert f"pushed to {NAME}" in printed
+    output = train(tmp_path / "out", mels, *flags, f"--hub_model_id={NAME}", "--hub_private_repo")
+    assert f"pushed to {NAME}" in capsys.readouterr().out
     files = hub.files["models", NAME]
     assert ("models", NAME) in hub.private
     wanted = {
@@ -73,37 +68,68 @@ def test_what_is_pushed_is_whole(hub, mels, tmp_path):
     words = rows["command"].strip("`").split()
     assert words[:2] == ["python", "train_unet.py"]
     args = train_unet.parse_args(words[2:])
-    recipe = [f"--config={ROOT / 'recipes' / 'test-tiny.yaml'}", f"--dataset_name={mels.name}", *flags[:3]]
+    recipe = [f"--config={RECIPE}", f"--dataset_name={mels.name}", *flags[:3]]
     local = {"config": None, "push_to_hub": False}
     assert vars(args) == vars(train_unet.parse_args(recipe)) | local
 
     # And it loads: by the snippet of the card.
-    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert "tonefield.load" in snippets[1] and 'pipe(class_labels="high")' in snippets[1].replace("'", '"')
-    check = "\nassert pipe.config.label2id == {'high': 0, 'low': 1}, pipe.config"
-    run(snippets[1] + check, tmp_path, environment(hub, tmp_path))
+    snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert f'tonefield.load("{NAME}")' in snippet and "pipe(class_labels='high')" in snippet
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert names["pipe"].config.label2id == {"high": 0, "low": 1}
     assert (tmp_path / "sound.wav").stat().st_size > 1000
 
 
-def test_what_forbids_a_push_is_known_before_training(hub, mels, tmp_path):
-    """Each in a process of its own, all at the same time."""
+def test_what_forbids_a_push_is_known_before_training(hub, mels, tmp_path, monkeypatch):
     hub.files["models", "other/model"] = {}
     hub.read_only.add(("models", "other/model"))
-    cases = {
-        "needs a token of the Hub: run `hf auth login`": (NAME, {"HF_TOKEN": ""}),
-        "cannot write to someone/two-tones: .*401": (NAME, {"HF_TOKEN": "hf_wrong"}),
-        "cannot write to other/model: .*403": ("other/model", {}),
-        "cannot write to a b: Repo id must": ("a b", {}),
-        "cannot write to someone/two-tones: .*offline mode is enabled": (NAME, {"HF_HUB_OFFLINE": "1"}),
-        "cannot write to someone/two-tones: .*[Cc]onn": (NAME, {"HF_ENDPOINT": "http://127.0.0.1:9"}),
-    }
-    for message, (name, variables) in cases.items():
-        output = tmp_path / "out"
-        flags = ("--max_train_steps=1", "--push_to_hub", f"--hub_model_id={name}")
-        status, printed = ended(start(output, mels, *flags, variables=environment(hub, tmp_path, **variables)))
-        assert status == 1, printed
-        last = printed.splitlines()[-1]
-        assert re.search(f"^error: --push_to_hub {message}", last), printed
-        assert "Traceback" not in printed
-        assert os.listdir(output) == []
+
+    def refused(message, name=NAME):
+        with pytest.raises(UserError, match=f"^--push_to_hub {message}") as error:
+            train(tmp_path / "out", mels, "--push_to_hub", f"--hub_model_id={name}")
+        assert "\n" not in str(error.value)
+        assert os.listdir(tmp_path / "out") == []
+
+    refused("cannot write to other/model: .*403", "other/model")
+    refused("cannot write to a b: Repo id must", "a b")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused("cannot write to someone/two-tones: .*401")
+    monkeypatch.delenv("HF_TOKEN")
+    refused("needs a token of the Hub: run `hf auth login`")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused("cannot write to someone/two-tones: .*offline mode is enabled")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    refused("cannot write to someone/two-tones: .*[Cc]onnect")
     assert ("models", NAME) not in hub.files
+
+
+def test_a_push_that_fails_loses_nothing(hub, mels, tmp_path):
+    """The Hub takes the permission back while the model is trained."""
+    hub.on_auth_check = lambda: hub.read_only.add(("models", NAME))
+    with pytest.raises(UserError, match=r"out, but was not pushed: .*403.*Try again with") as error:
+        train(tmp_path / "out", mels, "--push_to_hub", f"--hub_model_id={NAME}", "--max_train_steps=1")
+    pipe = tonefield.load(tmp_path / "out")
+    hub.read_only.clear()
+    (call,) = re.findall(r"Try again with (tonefield\..*)\.$", str(error.value))
+    exec(call, {"tonefield": tonefield})
+    assert hub.files["models", NAME]["model_index.json"] == (tmp_path / "out" / "model_index.json").read_bytes()
+    assert pipe.config.label2id == {"high": 0, "low": 1}
+
+
+def test_datasets_of_the_hub_are_linked(hub, monkeypatch):
+    hub.files["datasets", "someone/sounds"] = {"README.md": b""}
+    hub.licenses["datasets", "someone/sounds"] = "cc-by-4.0"
+    assert license_of("someone/sounds") == "cc-by-4.0"
+    assert license_of("someone/nothing") is None
+    args = train_unet.parse_args(["--dataset_name=someone/sounds", "--aug_dim=inf", "--no-use_ema", "--max_hours=2"])
+    defaults = train_unet.parse_args(["--dataset_name=none"])
+    facts = training_facts("train_unet.py", args, defaults, SimpleNamespace(num_processes=2))
+    assert (facts["datasets"], facts["dataset license"]) == (["someone/sounds"], "cc-by-4.0")
+    launch = (
+        "accelerate launch --num_processes 2 train_unet.py --dataset_name someone/sounds --no-use_ema --aug_dim inf"
+    )
+    assert sorted(facts["command"].strip("`").split()) == sorted(launch.split())
