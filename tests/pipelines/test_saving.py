@@ -33,7 +33,8 @@ LABELS = {"tom {1}": 0, "MelSpectrogram": 1, "kick": 2}
 GENERATE = """
 generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
 pipe.set_progress_bar_config(disable=True)
-sound = pipe(2, class_labels=["tom {1}", "MelSpectrogram"], guidance_scale=2.0, num_inference_steps=3, generator=generators)
+labels = ["tom {1}", "MelSpectrogram"]
+sound = pipe(2, labels, 3, 2.0, generator=generators)
 np.save("sound.npy", sound.audios)
 """
 
