@@ -5,8 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, MMAudioVocoder, UNet2DModel
-from exact_networks import GaussianDenoiser, exact, quiet, seeds
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    MMAudioVocoder,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from exact_networks import GaussianDenoiser, GaussianNoise, exact, exact_noise, noise_of, quiet, seeds
 from scipy import stats
 
 from tonefield import MelPFGMPipeline, MelSpectrogram, PoissonFlowScheduler, ScoreSDEScheduler
@@ -456,6 +465,90 @@ def test_log_likelihood_of_a_gaussian(divergence):
     expected = torch.distributions.Normal(0.0, spread).log_prob(picture.double()).flatten(1).sum(1)
     torch.testing.assert_close(result.log_likelihood, expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(result.bits_per_dimension, -expected / 16 / math.log(2), atol=2e-4, rtol=0)
+
+
+# The same with other schedulers: those of diffusers for DDPM, and score SDEs
+
+
+SOLVERS = {
+    DDPMScheduler: dict(clip_sample=False),
+    DDIMScheduler: dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True),
+    DPMSolverMultistepScheduler: dict(timestep_spacing="trailing"),
+    UniPCMultistepScheduler: dict(timestep_spacing="trailing"),
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_schedulers_of_ddpm(solver, kind, mel, data):
+    """Generation, classes, guidance, variations and inpainting."""
+    scheduler = solver(prediction_type=kind, **SOLVERS[solver])
+    pipe = quiet(MelPFGMPipeline(exact_noise(data, scheduler, 3, kind), scheduler, mel))
+    call = dict(num_inference_steps=50, output_type="mel")
+    labels = [0, 1, 2, 0, 1, 2]
+    mels = pipe(class_labels=labels, generator=seeds(*range(6)), **call).mels
+    which, distance = nearest(mels, data)
+    assert (which // 2).tolist() == labels and distance.max() < 0.02
+    alone = pipe(class_labels=labels[4], generator=seeds(4), **call).mels
+    torch.testing.assert_close(alone, mels[4:5], atol=1e-4, rtol=0)
+    without, _ = nearest(pipe(24, generator=seeds(*range(24)), **call).mels, data)
+    assert len((without // 2).unique()) == 3
+    # Guidance between "all sounds" and one class of two ends in that class, and exaggerates on the way.
+    guided = pipe(class_labels=1, guidance_scale=1.5, generator=seeds(0), **call).mels
+    assert nearest(guided, data)[0].item() // 2 == 1
+    near = pipe(6, audio=data[3:4], strength=0.2, generator=seeds(*range(6)), **call).mels
+    assert (nearest(near, data)[0] == 3).all()
+    mask = torch.arange(32) >= 24
+    filled = pipe(4, audio=data[4:5], mask=mask, generator=seeds(*range(4)), **call).mels
+    assert torch.equal(filled[..., :24], data[4:5, ..., :24].expand(4, -1, -1, -1))
+    assert (nearest(filled, data)[0] == 4).all() and nearest(filled, data)[1].max() < 0.05
+    for backwards in (pipe.invert, pipe.log_likelihood, lambda audio: pipe.interpolate(audio, audio, 2)):
+        with pytest.raises(ValueError, match=f"{solver.__name__} cannot run backwards: only a network") as error:
+            backwards(data[:1])
+        assert "\n" not in str(error.value)
+
+
+SDES = {
+    "ve": dict(sde="ve", sampling_eps=1e-5, solver_type="heun"),
+    "vp": dict(sde="vp", solver_type="heun"),
+    "subvp": dict(sde="subvp", solver_type="heun"),
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "score"])
+@pytest.mark.parametrize("sde", SDES)
+def test_inversion_and_interpolation_of_score_sdes(sde, kind, mel, data, sounds):
+    scheduler = ScoreSDEScheduler(**SDES[sde], prediction_type=kind)
+    pipe = quiet(MelPFGMPipeline(exact_noise(data, scheduler, 3, kind), scheduler, mel))
+    latents = pipe.invert(sounds[2:4], 1)
+    assert latents.flatten(1).norm(dim=1).max() < 1.3 * scheduler.init_noise_sigma * math.sqrt(512)
+    path = pipe.interpolate(sounds[2], sounds[3], 3, class_labels=1, generator=seeds(0, 1, 2))
+    torch.testing.assert_close(torch.as_tensor(path.mels)[[0, 2]], data[2:4], atol=2e-3, rtol=0)
+    assert path.audios.shape == (3, sounds.shape[1])
+
+
+@pytest.mark.parametrize("sde", SDES)
+def test_score_sdes_of_a_gaussian(sde):
+    """x(t) = x(0) sqrt(V(t) / V(0)), and the likelihood of a Gaussian."""
+    scheduler = ScoreSDEScheduler(**SDES[sde])
+    network = GaussianNoise(0.5)
+    network.marginal = noise_of(scheduler)
+    pipe = quiet(MelPFGMPipeline(network, scheduler))
+    picture = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.5
+    times = torch.tensor([scheduler.config.sampling_eps, 1.0], dtype=torch.float64)
+    mean, std = scheduler.equation.marginal(times)
+    start, end = (mean**2 * 0.25 + std**2).tolist()
+    latents = pipe.invert(picture)
+    torch.testing.assert_close(latents, picture * math.sqrt(end / start), rtol=1e-4, atol=1e-4 * math.sqrt(end))
+    back = pipe(latents=latents, num_inference_steps=300, output_type="mel").images
+    posterior_mean = mean[0].item() * 0.25 / start * picture
+    torch.testing.assert_close(back, posterior_mean, rtol=3e-3, atol=1e-4)
+    result = pipe.log_likelihood(picture, divergence="exact")
+    expected = torch.distributions.Normal(0.0, math.sqrt(start)).log_prob(picture.double()).flatten(1).sum(1)
+    torch.testing.assert_close(result.log_likelihood, expected, atol=3e-3, rtol=0)
+    torch.testing.assert_close(result.bits_per_dimension, -expected / 16 / math.log(2), atol=3e-4, rtol=0)
+    estimate = pipe.log_likelihood(picture, generator=seeds(0, 1, 2)).log_likelihood
+    torch.testing.assert_close(estimate, result.log_likelihood, atol=1e-3, rtol=0)  # linear: exact for any signs
 
 
 # Bad input
