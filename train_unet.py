@@ -276,13 +276,14 @@ def make_loss(args, scheduler, data, accelerator):
     return compute_loss
 
 
-def make_pipeline(args, accelerator, unet, scheduler, data):
+def make_pipeline(args, accelerator, unet, scheduler, data, steps: int):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import MelPFGMPipeline
     from tonefield.training.publishing import training_facts
 
     defaults = parse_args(["--dataset_name=none"])
-    card = training_facts("train_unet.py", args, defaults, accelerator) | {"objective": args.objective}
+    card = training_facts("train_unet.py", args, defaults, accelerator)
+    card |= {"objective": args.objective, "num_inference_steps": steps}
     label2id = {name: label for label, name in enumerate(data.class_names)} or None
     return MelPFGMPipeline(unet, scheduler, data.mel, card=card, label2id=label2id)
 
@@ -318,7 +319,7 @@ def main(args: argparse.Namespace) -> None:
     loss = make_loss(args, scheduler, data, accelerator)
     trained = train(args, accelerator, unet, data, loss, generate, fixed)
     if trained is not None and accelerator.is_main_process:
-        pipeline = make_pipeline(args, accelerator, trained, scheduler, data)
+        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, steps)
         pipeline.save_pretrained(folder)
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))

@@ -127,7 +127,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         vocoder ([`MMAudioVocoder`], *optional*):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
-            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`]. Its
+            example takes `num_inference_steps` from here.
         label2id (`dict[str, int]`, *optional*):
             The names of the classes and their labels, so that sounds can be asked for by name.
     """
@@ -177,13 +178,16 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
-        label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
-        label = label.replace("{", "{{").replace("}", "}}")
+        options = [f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1]]
+        if steps := (self.config.card or {}).get("num_inference_steps"):
+            options.append(f"num_inference_steps={steps}")
         if self.mel is None:
-            options = ", ".join([label] * bool(label) + ['output_type="pil"'])
+            options.append('output_type="pil"')
+        options = ", ".join(options).replace("{", "{{").replace("}", "}}")
+        if self.mel is None:
             return f'import {{library}}\n\n\npipe = {{load}}\npipe({options}).images[0].save("picture.png")'
         return (
-            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({label})\n"
+            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({options})\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
         )
 

@@ -470,19 +470,15 @@ def test_log_likelihood_of_a_gaussian(divergence):
 # The same with other schedulers: those of diffusers for DDPM, and score SDEs
 
 
-SOLVERS = {
-    DDPMScheduler: dict(clip_sample=False),
-    DDIMScheduler: dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True),
-    DPMSolverMultistepScheduler: dict(timestep_spacing="trailing"),
-    UniPCMultistepScheduler: dict(timestep_spacing="trailing"),
-}
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_schedulers_of_ddpm(solver, kind, mel, data):
+@pytest.mark.parametrize(("solver", "kind", "options"), [
+    (DDPMScheduler, "epsilon", dict(clip_sample=False)),
+    (DDIMScheduler, "v_prediction", dict(clip_sample=False, timestep_spacing="trailing")),
+    (DPMSolverMultistepScheduler, "v_prediction", dict(timestep_spacing="trailing")),
+    (UniPCMultistepScheduler, "epsilon", dict(timestep_spacing="trailing")),
+])  # fmt: skip
+def test_schedulers_of_ddpm(solver, kind, options, mel, data):
     """Generation, classes, guidance, variations and inpainting."""
-    scheduler = solver(prediction_type=kind, **SOLVERS[solver])
+    scheduler = solver(prediction_type=kind, **options)
     pipe = quiet(MelPFGMPipeline(exact_noise(data, scheduler, 3, kind), scheduler, mel))
     call = dict(num_inference_steps=50, output_type="mel")
     labels = [0, 1, 2, 0, 1, 2]
