@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from diffusers import UNet2DModel
-from training_runs import RECIPE, ROOT, make_dataset, make_sounds, reset_accelerate, train
+from training_runs import RECIPE, ROOT, make_dataset, reset_accelerate, train
 
 from tonefield import train_unet
 from tonefield.command_line import UserError
@@ -20,16 +20,6 @@ from tonefield.data.loading import read_record
 from tonefield.models import MelSpectrogram
 from tonefield.schedulers import PoissonFlowScheduler, ScoreSDEScheduler, pfgm_hyperparameters
 from tonefield.training.data import open_data
-
-
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
-    return make_sounds(tmp_path_factory.mktemp("sounds"))
-
-
-@pytest.fixture(scope="module")
-def mels(sounds, tmp_path_factory):
-    return make_dataset(sounds, tmp_path_factory.mktemp("mels") / "data")
 
 
 def parsed(dataset, *flags):
