@@ -120,9 +120,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--field_batch_size has no meaning with --objective {args.objective}")
     if args.objective == "field" and args.aug_dim == math.inf:
         parser.error("--objective field needs a finite --aug_dim")
+    if args.mixed_precision == "fp16" and args.objective in POISSON and noise_dimensions(args) < 2:
+        # |noise| exceeds 10^4 once in 10^4 samples at D = 1, once in 10^8 at D = 2; a float16 ends at 65504.
+        parser.error("--mixed_precision fp16 cannot hold the noise of less than 2 augmented dimensions: use bf16")
     if args.objective in WITH_CHARGES and args.field_batch_size is not None and args.streaming:
         parser.error("--field_batch_size wants rows by number, which --streaming does not have")
     return args
+
+
+def noise_dimensions(args) -> float:
+    """D, which may be infinite."""
+    return args.aug_dim or (1 if args.objective == "field" else 128)
 
 
 def make_unet(args, data):
@@ -202,7 +210,7 @@ def make_scheduler(args, data):
             return DDPMScheduler(prediction_type=args.objective, clip_sample=False)
         if args.objective not in POISSON:
             return ScoreSDEScheduler(args.objective, **sigmas)
-        aug_dim = args.aug_dim or (1 if args.objective == "field" else 128)
+        aug_dim = noise_dimensions(args)
         settings = {"aug_dim": None if aug_dim == math.inf else aug_dim, "sigma_data": data.sigma_data}
         if args.objective == "field":
             size = math.prod(data.sample_shape)

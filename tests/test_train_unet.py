@@ -147,7 +147,8 @@ def test_flags_of_network_and_scheduler(mels, tmp_path):
     _, tiny, scheduler = built(mels, "--sigma_min=0.01", "--sigma_max=20", "--no-class_conditional")
     assert (scheduler.config.sigma_min, scheduler.config.sigma_max) == (0.01, 20)
     assert tiny.config.num_class_embeds is None
-    _, small, _ = built(mels, "--model_size=small")
+    _, small, _ = built(mels, "--model_size=small", "--gradient_checkpointing")
+    assert small.is_gradient_checkpointing and not tiny.is_gradient_checkpointing
     assert small.num_parameters() > 10 * tiny.num_parameters()
     (tmp_path / "net.yaml").write_text("block_out_channels: [4, 8]\nnorm_num_groups: 2\nlayers_per_block: 1\n"
                                        "down_block_types: [DownBlock2D, DownBlock2D]\nattention_head_dim: 4\n"
@@ -208,6 +209,9 @@ def test_bad_flags(capsys):
         refuse(capsys, message, need, flag)
     refuse(capsys, "no meaning with --objective epsilon", need, "--objective=epsilon", "--aug_dim=2")
     refuse(capsys, "needs a finite --aug_dim", need, "--objective=field", "--aug_dim=inf")
+    refuse(capsys, "fp16 cannot hold the noise", need, "--objective=field", "--mixed_precision=fp16")
+    refuse(capsys, "fp16 cannot hold the noise", need, "--aug_dim=1", "--mixed_precision=fp16")
+    assert train_unet.parse_args([need, "--aug_dim=2", "--mixed_precision=fp16"]).aug_dim == 2
     refuse(capsys, "wants rows by number", need, "--objective=field", "--field_batch_size=8", "--streaming")
 
 
