@@ -69,6 +69,17 @@ def test_hyperparameters_of_the_field_come_from_the_data(mels):
     assert draws.std().item() == pytest.approx(uniform.stddev.item(), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("charges", "processes", "more"), [(12, 1, 8), (12, 2, 2), (4, 1, 0), (None, 2, 0), (13, 2, 3)]
+)
+def test_the_field_has_as_many_charges_as_are_wanted(charges, processes, more):
+    """The batches of all processes and what each reads besides; an odd one more where they do not divide."""
+    args = SimpleNamespace(objective="field", train_batch_size=4, field_batch_size=charges)
+    data = SimpleNamespace(train=SimpleNamespace())
+    train_unet.prepare_charges(args, data, processes)
+    assert data.train.extra == more
+
+
 @pytest.mark.parametrize("objective", train_unet.OBJECTIVES)
 def test_every_objective_trains_and_is_saved(mels, tmp_path, monkeypatch, objective):
     flags = ("--max_train_steps=2", "--validation_steps=2", "--num_inference_steps=25", "--num_validation_samples=1")
