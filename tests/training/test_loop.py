@@ -157,12 +157,12 @@ def test_labels_as_the_network_is_told_them():
 def test_what_is_logged(mels, tmp_path, precision):
     """The validation loss is that of the rows one by one, whose batches are not equally large."""
     flags = ["--max_validation_samples=7", "--validation_steps=8", f"--mixed_precision={precision}"]
-    train(tmp_path, mels, *flags, "--num_validation_samples=0")
+    train(tmp_path, mels, *flags, "--num_validation_samples=0", "--logging_steps=2")
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for row in logged[:-1]:
         assert row["samples_per_second"] * row["seconds_per_step"] == pytest.approx(8)
     rates = [row["learning_rate"] / 0.001 for row in logged[:-1]]  # 6 steps of warm-up, then half a cosine
-    assert rates == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 0.5, 0])
+    assert rates == pytest.approx([2 / 6, 4 / 6, 1, 0])
 
     args = train_unet.parse_args([f"--config={RECIPE}", f"--dataset_name={mels}", *flags])
     data = open_data(args)
