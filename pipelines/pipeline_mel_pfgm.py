@@ -3,6 +3,7 @@
 # pyright: reportAssignmentType=false
 """Sound from Poisson flow and diffusion on mel spectrograms, and pictures from the same models without a mel."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from .tonefield_repository import SelfContainedPipelineMixin
 
 Generators = torch.Generator | list[torch.Generator] | None
 Sounds = torch.Tensor | np.ndarray
-Labels = int | list[int] | torch.Tensor | None
+Labels = int | str | list[int | str] | torch.Tensor | None
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -126,7 +127,10 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         vocoder ([`MMAudioVocoder`], *optional*):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
-            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`]. Its
+            example takes `num_inference_steps` from here.
+        label2id (`dict[str, int]`, *optional*):
+            The names of the classes and their labels, so that sounds can be asked for by name.
     """
 
     model_cpu_offload_seq = "unet->vocoder"
@@ -141,10 +145,15 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         mel: ModelMixin | None = None,
         vocoder: ModelMixin | None = None,
         card: dict | None = None,
+        label2id: dict[str, int] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, mel=mel, vocoder=vocoder)
-        self.register_to_config(card=card)
+        if label2id is not None:
+            label2id = dict(sorted(label2id.items(), key=lambda item: item[1]))  # a file knows no order
+            if list(label2id.values()) != list(range(self.num_classes)):
+                raise ValueError(f"label2id is {label2id}: name each of the network's {self.num_classes} classes.")
+        self.register_to_config(card=card, label2id=label2id)
         if vocoder is not None and (mel is None or mel.config.method != "bigvgan"):
             raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
         self._guidance_scale = 1.0
@@ -169,10 +178,16 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
+        options = [f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1]]
+        if steps := (self.config.card or {}).get("num_inference_steps"):
+            options.append(f"num_inference_steps={steps}")
         if self.mel is None:
-            return 'import {library}\n\n\npipe = {load}\npipe(output_type="pil").images[0].save("picture.png")'
+            options.append('output_type="pil"')
+        options = ", ".join(options).replace("{", "{{").replace("}", "}}")
+        if self.mel is None:
+            return f'import {{library}}\n\n\npipe = {{load}}\npipe({options}).images[0].save("picture.png")'
         return (
-            "import {library}\nimport soundfile\n\n\npipe = {load}\nsound = pipe()\n"
+            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({options})\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
         )
 
@@ -243,13 +258,18 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
         if class_labels is None:
             return None
-        labels = torch.as_tensor(class_labels).reshape(-1)
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.reshape(-1).tolist()
+        given = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if self.num_classes == 0:
-            raise ValueError(f"class_labels is {labels.tolist()}, but the network has no classes: leave it out.")
-        wrong = [label for label in labels.tolist() if label not in range(self.num_classes)]
-        if wrong:
-            raise ValueError(f"class_labels holds {wrong[0]}: labels are 0 to {self.num_classes - 1}.")
-        return labels.to(self._execution_device, torch.long)
+            raise ValueError(f"class_labels is {given}, but the network has no classes: leave it out.")
+        ids = self.config.label2id or {}
+        for label in given:
+            if label not in (ids if isinstance(label, str) else range(self.num_classes)):
+                names = f", or {', '.join(ids)}" if ids else ""
+                raise ValueError(f"class_labels holds {label!r}: labels are 0 to {self.num_classes - 1}{names}.")
+        labels = [ids[label] if isinstance(label, str) else label for label in given]
+        return torch.tensor(labels, device=self._execution_device, dtype=torch.long)
 
     def check_inputs(
         self,
@@ -322,18 +342,20 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         without, towards = denoised.chunk(2)
         return guided_field(latents, without + self.guidance_scale * (towards - without), sigma, config)
 
-    def _denoiser(self, labels: torch.Tensor | None, bar) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Dn(x, sigma) for `scheduler.integrate`."""
-        if not hasattr(self.scheduler, "precondition_noise") or not hasattr(self.scheduler, "integrate"):
-            raise ValueError(f"{type(self.scheduler).__name__} cannot run backwards: use a PoissonFlowScheduler.")
+    def _integrate(self, sample: torch.Tensor, labels: torch.Tensor | None, upwards: bool, **options):
+        """All the way from samples to noise, or from noise to samples."""
+        if not hasattr(self.scheduler, "integrate_network"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot run backwards: only a network that was trained for a"
+                " PoissonFlowScheduler or a ScoreSDEScheduler can."
+            )
+        with self.progress_bar(total=float("inf")) as bar:
 
-        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            timestep = self.scheduler.precondition_noise(sigma)
-            output = self._network(self.scheduler.scale_model_input(x, timestep), timestep, labels)
-            bar.update()
-            return self.scheduler.precondition_outputs(x, output, sigma)
+            def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                bar.update()
+                return self._network(x, timestep, labels)
 
-        return denoise
+            return self.scheduler.integrate_network(network, sample, upwards, **options)
 
     # ----- what goes out
 
@@ -417,7 +439,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         Args:
             batch_size (`int`, *optional*, defaults to 1):
                 How many sounds; as many as there are in `audio`, `latents` or `class_labels` when those are several.
-            class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            class_labels (`int`, `str` or a list of them, *optional*):
+                One label for all, or one per sound: a number, or a name of `pipe.config.label2id`.
             num_inference_steps (`int`, *optional*, defaults to 18): Steps from noise to sound.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 1 follows the labels as they were learnt, more exaggerates them, 0 forgets them.
@@ -507,6 +530,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
         if new_frames is not None:
             new_frames = new_frames.to(device)[:, None, None]
+        # Solvers of diffusers that add no noise take no generator.
+        random = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"return_dict": False} | ({"generator": generator} if random else {})
 
         with circular_in_time(self.unet) if loop else nullcontext(), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
@@ -515,7 +541,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                     known = self.scheduler.add_noise(source.mel.expand_as(noise), noise, t.expand(batch_size))
                     latents = torch.where(new_frames, latents, known)
                 output = self._predict(latents, t, labels)
-                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+                latents = self.scheduler.step(output, t, latents, **options)[0]
                 if callback_on_step_end is not None:
                     shown = {}
                     for name in callback_on_step_end_tensor_inputs:
@@ -536,11 +562,12 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self, audio: Sounds, class_labels: Labels = None, rtol: float = 1e-5, atol: float = 1e-5
     ) -> torch.Tensor:
         r"""
-        The noise from which the model makes a sound: the sampling equation, solved upwards.
+        The noise from which the model makes a sound: the sampling equation, solved upwards. (A [`ScoreSDEScheduler`]
+        makes the sound of it again with a `solver_type` other than `"pc"`, which adds noise of its own.)
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
-            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            class_labels (`int`, `str` or a list of them, *optional*): Their labels.
             rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
 
         Returns:
@@ -548,10 +575,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         """
         mels = self._read_audio(audio).mel
         labels = self._all_labels(self._read_labels(class_labels), len(mels))
-        c = self.scheduler.config
-        with self.progress_bar(total=float("inf")) as bar:
-            denoise = self._denoiser(labels, bar)
-            latents = self.scheduler.integrate(denoise, mels, c.sigma_min, c.sigma_max, rtol, atol)
+        latents = self._integrate(mels, labels, upwards=True, rtol=rtol, atol=atol)
         self.maybe_free_model_hooks()
         return latents
 
@@ -574,7 +598,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         Args:
             a, b (`torch.Tensor` or `np.ndarray`): One sound each, as in `__call__`.
             n (`int`): Number of sounds, both ends included.
-            class_labels (`int`, *optional*): The label of both.
+            class_labels (`int` or `str`, *optional*): The label of both.
             generator, output_type: As in `__call__`; a list of generators has `n` entries.
             rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
 
@@ -586,13 +610,10 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"n is {n}, and there are {len(ends[0])} and {len(ends[1])} sounds: use n >= 2, one each."
             )
-        c = self.scheduler.config
         labels = self._read_labels(class_labels)
         latents = self.invert(torch.cat(ends), class_labels, rtol, atol)
         path = interpolate_latents(latents[:1], latents[1:], torch.linspace(0, 1, n, dtype=torch.float64))
-        with self.progress_bar(total=float("inf")) as bar:
-            denoise = self._denoiser(self._all_labels(labels, n), bar)
-            mels = self.scheduler.integrate(denoise, path, c.sigma_max, 0, rtol, atol)
+        mels = self._integrate(path, self._all_labels(labels, n), upwards=False, rtol=rtol, atol=atol)
         result = self._output(mels, generator, output_type)
         self.maybe_free_model_hooks()
         return result
@@ -607,12 +628,12 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         atol: float = 1e-5,
     ) -> MelPFGMLikelihoodOutput:
         r"""
-        How likely the model holds sounds to be: the density of their mels (as the model sees them, with noise of
-        `sigma_min`), by the change of density along the sampling equation.
+        How likely the model holds sounds to be: the density of their mels (as the model sees them, with noise of the
+        smallest level), by the change of density along the sampling equation.
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
-            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            class_labels (`int`, `str` or a list of them, *optional*): Their labels.
             divergence (`"hutchinson"` or `"exact"`, *optional*, defaults to `"hutchinson"`):
                 An unbiased estimate, or the exact value at as many times the cost as a mel has numbers.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Draws the probes of the estimate.
@@ -623,12 +644,10 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         """
         mels = self._read_audio(audio).mel
         labels = self._all_labels(self._read_labels(class_labels), len(mels))
-        c = self.scheduler.config
-        with self.progress_bar(total=float("inf")) as bar:
-            _, nats = self.scheduler.integrate(
-                self._denoiser(labels, bar), mels, c.sigma_min, c.sigma_max, rtol, atol,
-                log_likelihood=True, divergence=divergence, generator=generator,
-            )  # fmt: skip
+        _, nats = self._integrate(
+            mels, labels, upwards=True, rtol=rtol, atol=atol, log_likelihood=True, divergence=divergence,
+            generator=generator,
+        )  # fmt: skip
         self.maybe_free_model_hooks()
         bits = -nats / (mels[0].numel() * np.log(2))
         return MelPFGMLikelihoodOutput(log_likelihood=nats, bits_per_dimension=bits)
