@@ -608,7 +608,7 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
 
         end = self.config.sampling_eps
         result = self.integrate(score, sample, *((end, 1.0) if upwards else (1.0, end)), **options)
-        if upwards or options.get("log_likelihood"):
+        if upwards or isinstance(result, tuple):
             return result
         time = result.new_full((len(result),), end)
         return posterior_mean(result, score(result, time), *(per_row(v, result) for v in self.equation.marginal(time)))

@@ -18,7 +18,7 @@ from tonefield.command_line import UserError
 from tonefield.training import objectives
 from tonefield.training.data import EndlessRows, EndlessStream, ReadPictures, Shares, TrainingData, open_data
 from tonefield.training.loop import Average, Interruption, make_accelerator
-from tonefield.training.randomness import make_generators
+from tonefield.training.randomness import make_generators, uniform
 from tonefield.training.validation import spread_labels
 
 
@@ -209,3 +209,30 @@ def test_tf32(tmp_path):
     for flag, wanted in (("--allow_tf32", True), ("--no-allow_tf32", False)):
         make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}", flag]))
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == wanted
+
+
+@pytest.mark.parametrize("objective", ["stable_target", "field"])
+def test_a_class_is_attracted_by_its_own_charges(objective):
+    """The loss of a batch of two classes is the mean of the losses of each by itself."""
+    args = train_unet.parse_args(["--dataset_name=x", f"--objective={objective}", "--sigma_min=0.1", "--p_mean=0"])
+    names = argparse.Namespace(class_names=["a", "b"], sigma_data=0.5, sample_shape=(1, 2, 2))
+    data = argparse.Namespace(train=argparse.Namespace(extra=0), **vars(names))
+    scheduler = train_unet.make_scheduler(args, data)
+    channels = 1 + (objective == "field")
+
+    class Network(torch.nn.Module):
+        def forward(self, x, timestep, class_labels=None):
+            return argparse.Namespace(sample=torch.zeros(len(x), channels, 2, 2))
+
+    def loss(classes):
+        data.class_names = names.class_names if classes is None else []
+        rows = torch.arange(8) if classes is None else (labels == classes).nonzero()[:, 0]
+        batch = {"clean": clean[rows]} | ({"class_labels": labels} if classes is None else {})
+        generators = make_generators(0, "noise", rows.tolist())
+        if classes is not None:
+            uniform(len(rows), generators)  # which labels to withhold is drawn from them first
+        return train_unet.make_loss(args, scheduler, data, None)(Network().eval(), batch, generators).item()
+
+    labels = torch.arange(8) % 2
+    clean = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)) + 2 * labels[:, None, None, None]
+    assert loss(None) == pytest.approx((loss(0) + loss(1)) / 2, rel=1e-4)

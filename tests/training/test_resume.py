@@ -133,6 +133,7 @@ def test_max_hours(mels, tmp_path, capsys):
     assert "stopped at step 1 by --max_hours" in capsys.readouterr().out
     assert (tmp_path / "checkpoint-1").is_dir()
     assert weights(tmp_path)
+    assert "| optimizer steps | 1 |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "change", "delete", "no state"])
