@@ -289,29 +289,18 @@ def write_pipeline(args, folder: Path, unet, scheduler, data) -> None:
     MelPFGMPipeline(unet, scheduler, data.mel, card=card).save_pretrained(folder)
 
 
-def push(args, folder: Path) -> None:
-    """Uploads the pipeline without the checkpoints."""
-    from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    name = args.hub_model_id or folder.name
-    try:
-        repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["checkpoint-*/**", ".*", "logs/**"])
-    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"The model is in {folder}, but could not be pushed to {name}: {first_line(error)}") from None
-    print(f"pushed to {repo}")
-
-
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
     from tonefield.training.data import open_data
     from tonefield.training.loop import make_accelerator, train
+    from tonefield.training.publishing import push, settings_of
     from tonefield.training.validation import draw_samples, show_samples, spread_labels
 
     accelerator = make_accelerator(args)
     data = open_data(args)
+    if data.vae:
+        raise UserError(f"{args.dataset_name} holds latents, and no pipeline turns latents into sound yet: use mels.")
     unet, scheduler = make_unet(args, data), make_scheduler(args, data)
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
@@ -339,11 +328,6 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             push(args, folder)
     accelerator.end_training()
-
-
-def settings_of(component) -> dict:
-    """The configuration of a network or scheduler."""
-    return {name: value for name, value in component.config.items() if not name.startswith("_")}
 
 
 def prepare_charges(args, data, num_processes: int) -> None:

@@ -6,6 +6,9 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .discriminator_patch import PatchDiscriminator as PatchDiscriminator
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
 
-__getattr__, __dir__, __all__ = attach(__name__, {"MelSpectrogram": "mel_spectrogram"})
+__getattr__, __dir__, __all__ = attach(
+    __name__, {"MelSpectrogram": "mel_spectrogram", "PatchDiscriminator": "discriminator_patch"}
+)

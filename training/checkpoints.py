@@ -101,7 +101,9 @@ class Best:
         self.note = self.folder / "best.json"
         if anew:
             shutil.rmtree(self.folder, ignore_errors=True)
-        known = json.loads(self.note.read_text()) if self.note.is_file() else {"stage": -1, "validation_loss": math.inf}
+        known = (
+            json.loads(self.note.read_text()) if self.note.is_file() else {"stage": -1, "validation_loss": math.inf}
+        )
         self.rank = known["stage"], -known["validation_loss"]
 
     def offer(self, network, loss: float, step: int, stage: int = 0) -> None:
