@@ -58,7 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--model_size",
         choices=MODEL_SIZES,
         default="medium",
-        help="parameters with latents of a quarter of the mel: tiny 0.2, small 2.7, medium 13.9, large 55.3 million"
+        help="parameters with latents of a quarter of the mel: tiny 0.2, small 2.6, medium 13.4, large 53.3 million"
         " (default: %(default)s)",
     )
     model.add_argument(

@@ -66,4 +66,7 @@ def split_names(name: str, config: str | None = None) -> list[str]:
         return json.loads((Path(name) / "dataset_dict.json").read_text())["splits"]
     if (Path(name) / "state.json").exists():
         return ["train"]
-    return list(get_dataset_split_names(name, config))
+    try:
+        return list(get_dataset_split_names(name, config))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"The splits of {name} cannot be listed: {first_line(error)}") from None

@@ -126,7 +126,7 @@ def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSp
                 remove_columns=dropped,
                 features=datasets.Features(features), new_fingerprint=f"{record['vae']['fingerprint']}{split}",
                 cache_file_name=f"{work}/{split}.arrow", desc=f"latents of {split}",
-            )  # fmt: skip
+            ).with_format(None)  # fmt: skip
         done = Path(work, "dataset")
         datasets.DatasetDict(splits).save_to_disk(done)
         vae.save_pretrained(done / "vae")
