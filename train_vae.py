@@ -19,6 +19,7 @@ The mean and the spread of the latents are measured on the training set and stor
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tonefield.command_line import UserError, make_parser, parse, run
 from tonefield.training.arguments import (
@@ -70,7 +71,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     model.add_argument("--latent_channels", type=int, default=8, metavar="N", help="(default: %(default)s)")
 
-    loss = parser.add_argument_group("what it learns", "The loss is L1 + spectral + KL, each times its weight.")
+    loss = parser.add_argument_group(
+        "what it learns",
+        "The loss is L1 + spectral + KL, the last two times their weights, and the discriminator's judgement. There is"
+        " no LPIPS: it compares photographs, by a network that would have to be downloaded.",
+    )
     loss.add_argument(
         "--spectral_weight",
         type=float,
@@ -161,20 +166,21 @@ def make_vae(args, data):
 
     channels, height, width = data.sample_shape
     size, halvings = MODEL_SIZES[args.model_size], count_halvings(args, height, width)
-    torch.manual_seed(args.seed)
-    vae = TrainableVAE(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
-        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
-        block_out_channels=tuple(size["width"] * min(2**level, 4) for level in range(halvings + 1)),
-        layers_per_block=size["layers"],
-        norm_num_groups=size["groups"],
-        latent_channels=args.latent_channels,
-        sample_size=max(height, width),
+    config: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * (halvings + 1),
+        "up_block_types": ("UpDecoderBlock2D",) * (halvings + 1),
+        "block_out_channels": tuple(size["width"] * min(2**level, 4) for level in range(halvings + 1)),
+        "layers_per_block": size["layers"],
+        "norm_num_groups": size["groups"],
+        "latent_channels": args.latent_channels,
+        "sample_size": max(height, width),
         # Convolutions alone: what a place of the mel becomes does not depend on how long the mel is.
-        mid_block_add_attention=False,
-    )
+        "mid_block_add_attention": False,
+    }
+    torch.manual_seed(args.seed)
+    vae = TrainableVAE(**config)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return vae
@@ -194,7 +200,7 @@ def make_discriminator(args, data):
     return Opponent(network, args.discriminator_start, {"lr": rate}, "discriminator")
 
 
-def make_loss(args, data, accelerator):
+def make_loss(args, mel, accelerator):
     """`compute_loss` of the training loop."""
     import torch
     from torch.func import functional_call
@@ -202,11 +208,12 @@ def make_loss(args, data, accelerator):
     from tonefield.training import autoencoder
     from tonefield.training.loop import Loss
 
-    decibels = autoencoder.decibels_per_unit(data.mel)
+    decibels = autoencoder.decibels_per_unit(mel)
 
     def compute_loss(vae, batch, generators, discriminator=None):
         mels = batch["clean"]
         reconstruction, parameters = vae(mels, generators if vae.training else None)
+        reconstruction = reconstruction.float()
         parts = {
             "l1": (reconstruction - mels).abs().mean(),
             "spectral": autoencoder.spectral_loss(reconstruction, mels),
@@ -220,8 +227,9 @@ def make_loss(args, data, accelerator):
             return Loss(total, parts)
 
         # What the autoencoder learns of it must not reach the discriminator's weights, nor the other way round.
-        fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
-        adversarial = -functional_call(discriminator, fixed, (reconstruction,)).mean()
+        judge = accelerator.unwrap_model(discriminator)
+        fixed = {name: weight.detach() for name, weight in judge.named_parameters()}
+        adversarial = -functional_call(judge, fixed, (reconstruction,)).mean()
         weight = args.discriminator_weight * autoencoder.adaptive_weight(
             faithful,
             adversarial,
@@ -288,11 +296,12 @@ def main(args: argparse.Namespace) -> None:
         check_cache_folder(args)
     accelerator = make_accelerator(args)
     data = open_data(args)
-    if data.vae:
+    mel = data.mel
+    if data.vae or mel is None:
         raise UserError(f"{args.dataset_name} holds latents: an autoencoder is trained on the mels they were made of.")
     vae = make_vae(args, data)
     opponent = make_discriminator(args, data)
-    compute_loss = make_loss(args, data, accelerator)
+    compute_loss = make_loss(args, mel, accelerator)
 
     @torch.no_grad()
     def generate(network, step: int) -> None:
@@ -301,32 +310,34 @@ def main(args: argparse.Namespace) -> None:
             made = network(mels.to(accelerator.device))[0].cpu()
             pairs = torch.stack([mels, made], dim=1).flatten(0, 1)
             titles = ["original", "reconstruction"] * len(mels)
-            show_mels(pairs, data.mel, folder / "samples", step, accelerator.trackers, titles)
+            show_mels(pairs, mel, folder / "samples", step, accelerator.trackers, titles)
 
-    shape = " x ".join(map(str, latent_shape(vae, data.mel)))
+    shape = " x ".join(map(str, latent_shape(vae, mel)))
     sample = " x ".join(map(str, data.sample_shape))
     judge = f", discriminator {opponent.network.num_parameters():,}" if opponent else ""
     accelerator.print(f"{vae.num_parameters():,} parameters{judge}; {sample} mels, {shape} latents")
+    if opponent and opponent.start >= args.max_train_steps:
+        accelerator.print(f"the discriminator takes no part: it would after {opponent.start} steps")
     fixed = {
         "model size": args.model_size,
         "latent shape": shape,
         "discriminator": settings_of(opponent.network) if opponent else None,
         "network": settings_of(vae),
     }
-    trained = train(args, accelerator, vae, data, compute_loss, generate, fixed, "vae", opponent, keep_best=True)
+    trained: Any = train(args, accelerator, vae, data, compute_loss, generate, fixed, "vae", opponent, keep_best=True)
     if trained is not None and accelerator.is_main_process:
         latents = measure_latents(trained, accelerator, data, args.train_batch_size)
         vae = finish(trained, latents)
-        quality = measure_reconstruction(vae, accelerator, data, args.train_batch_size)
+        quality = measure_reconstruction(vae, mel, accelerator, data, args.train_batch_size)
         vae.save_pretrained(folder / "vae")
-        data.mel.save_pretrained(folder / "mel")
+        mel.save_pretrained(folder / "mel")
         write_card(args, folder, vae, quality)
         about = {"flags": vars(args), "latents": latents, "held_out": quality} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
         measured = "".join(f", {key.replace('_db', '')} {value:.2f} dB" for key, value in quality.items())
         print(f"the autoencoder is in {folder}{measured and ' (held out' + measured.replace(',', ':', 1) + ')'}")
         if args.cache_latents:
-            cache_latents(args, accelerator, vae, data.mel, latents)
+            cache_latents(args, accelerator, vae, mel, latents)
         if args.push_to_hub:
             push(args, folder)
     accelerator.end_training()

@@ -203,7 +203,7 @@ def test_each_network_learns_from_its_own_loss(mels):
     vae, opponent = train_vae.make_vae(args, data), train_vae.make_discriminator(args, data)
     judge = opponent.network
     accelerator = SimpleNamespace(unwrap_model=lambda model: model, reduce=lambda gradient, how: gradient)
-    loss = train_vae.make_loss(args, data, accelerator)(vae.train(), data.train.get([0, 1, 2, 3]), None, judge)
+    loss = train_vae.make_loss(args, data.mel, accelerator)(vae.train(), data.train.get([0, 1, 2, 3]), None, judge)
     (loss.total + loss.opponent).backward()
 
     seen = data.train.get([0, 1, 2, 3])["clean"]
@@ -374,9 +374,10 @@ def test_test_switch(mels, tmp_path, capsys):
     assert "held out: error" in output
 
 
-def test_recipe_is_read():
-    args = train_vae.parse_args([f"--config={ROOT / 'recipes' / 'fsdd-vae-cpu.yaml'}", "--dataset_name=x"])
-    assert args.latent_dims == (16, 16) and 0 < args.discriminator_start < args.max_train_steps
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*vae*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe):
+    args = train_vae.parse_args([f"--config={recipe}", "--dataset_name=x"])
+    assert 0 < args.discriminator_start < args.max_train_steps
 
 
 # Latents.
@@ -495,9 +496,21 @@ def test_one_row_is_enough(mels, tmp_path):
         train_here(tmp_path / "more", tmp_path / "one", "--validation_steps=2")
 
 
-def test_a_stream_is_enough(mels, tmp_path):
-    train_here(tmp_path, mels, "--streaming", "--shuffle_buffer=8", "--validation_steps=6")
+def test_a_stream_is_enough(mels, tmp_path, capsys):
+    flags = ("--streaming", "--shuffle_buffer=8", "--max_train_steps=2")
+    train_here(tmp_path, mels, *flags)
     assert json.loads((tmp_path / "training.json").read_text())["latents"]["rows"] == 38
+    assert "takes no part: it would after 2 steps" in capsys.readouterr().out
+
+
+def test_half_precision(usual, mels, tmp_path):
+    """Mixed with full precision where it matters: the same training, but for rounding."""
+    flags = ("--mixed_precision=bf16", "--max_train_steps=3", "--validation_steps=3")
+    train_here(tmp_path / "out", mels, *flags, f"--cache_latents={tmp_path / 'latents'}")
+    exact, rounded = (logged(folder)[2] for folder in (usual, tmp_path / "out"))
+    for name in ("l1", "spectral", "kl", "discriminator_loss"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.05)
+        assert rounded[name] != exact[name]
 
 
 def test_push(trained, mels, tmp_path):

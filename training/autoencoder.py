@@ -107,10 +107,12 @@ def reconstruction_quality(reconstruction: torch.Tensor, mels: torch.Tensor, dec
 
 
 @torch.no_grad()
-def measure_reconstruction(vae: AutoencoderKL, accelerator: Accelerator, data: TrainingData, size: int) -> dict:
+def measure_reconstruction(
+    vae: AutoencoderKL, mel: MelSpectrogram, accelerator: Accelerator, data: TrainingData, size: int
+) -> dict[str, float]:
     """The `reconstruction_quality` of the held-out rows; nothing if there are none."""
     sums: dict[str, float] = {}
-    decibels = decibels_per_unit(data.mel)
+    decibels = decibels_per_unit(mel)
     for batch in data.validation_batches(size):
         mels = batch["clean"].to(accelerator.device)
         with accelerator.autocast():

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -75,7 +76,7 @@ class Opponent:
         name: What to call its subfolder.
     """
 
-    network: torch.nn.Module
+    network: ModelMixin
     start: int
     settings: dict = field(default_factory=dict)
     name: str = "opponent"
