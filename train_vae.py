@@ -107,7 +107,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="optimizer steps that are done without it (default: %(default)s)",
     )
     loss.add_argument(
-        "--discriminator_learning_rate", type=float, metavar="LR", help="its own (default: that of the autoencoder)"
+        "--discriminator_learning_rate",
+        type=float,
+        metavar="LR",
+        help="its own, on the same schedule (default: that of the autoencoder)",
     )
 
     add_training_arguments(parser)
@@ -253,7 +256,7 @@ def finish(trained, latents: dict):
     scale = {"shift_factor": latents["mean"], "scaling_factor": 1 / latents["std"]}
     vae = AutoencoderKL(**settings_of(trained) | scale)
     vae.load_state_dict(trained.state_dict())
-    return vae.eval()
+    return vae.to(trained.device).eval()
 
 
 def write_card(args, folder: Path, vae, quality: dict) -> None:
