@@ -66,8 +66,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--latent_dims",
         type=height_and_width,
         metavar="H,W",
-        help="size of the latents over mel bands and frames; the mel is halved equally often along both (default: a"
-        " quarter of the mel)",
+        help="size of the latents: mel bands first, then frames; the mel is halved equally often along both (default:"
+        " a quarter of the mel)",
     )
     model.add_argument("--latent_channels", type=int, default=8, metavar="N", help="(default: %(default)s)")
 
