@@ -340,12 +340,14 @@ def main(args: argparse.Namespace) -> None:
 
     from tonefield.training.data import open_data
     from tonefield.training.loop import make_accelerator, train
-    from tonefield.training.publishing import find_repository, publish
+    from tonefield.training.publishing import find_repository, publish, settings_of
     from tonefield.training.validation import draw_samples, show_samples, spread_labels
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     data = open_data(args)
+    if data.vae:
+        raise UserError(f"{args.dataset_name} holds latents, and no pipeline turns latents into sound yet: use mels.")
     unet, scheduler = make_unet(args, data), make_scheduler(args, data)
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
@@ -374,11 +376,6 @@ def main(args: argparse.Namespace) -> None:
         if repository is not None:
             publish(pipeline, folder, repository)
     accelerator.end_training()
-
-
-def settings_of(component) -> dict:
-    """The configuration of a network or scheduler."""
-    return {name: value for name, value in component.config.items() if not name.startswith("_")}
 
 
 def prepare_charges(args, data, num_processes: int) -> None:

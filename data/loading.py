@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Features, load_dataset, load_from_disk
+from datasets import ClassLabel, Features, get_dataset_split_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from tonefield.command_line import UserError, first_line
@@ -58,3 +58,15 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
             reason = LOOSE_FILES
         raise UserError(f"The dataset {name} cannot be loaded: {first_line(reason)}") from None
     return dataset
+
+
+def split_names(name: str, config: str | None = None) -> list[str]:
+    """The splits of a dataset that `load_split` loads."""
+    if (Path(name) / "dataset_dict.json").exists():
+        return json.loads((Path(name) / "dataset_dict.json").read_text())["splits"]
+    if (Path(name) / "state.json").exists():
+        return ["train"]
+    try:
+        return list(get_dataset_split_names(name, config))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"The splits of {name} cannot be listed: {first_line(error)}") from None

@@ -6,6 +6,7 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .discriminator_patch import PatchDiscriminator as PatchDiscriminator
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
     from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
     from .unet_2d_pfgm_transformer import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
@@ -16,5 +17,6 @@ __getattr__, __dir__, __all__ = attach(
         "MelSpectrogram": "mel_spectrogram",
         "PFGMTransformerUNet2DModel": "unet_2d_pfgm_transformer",
         "PFGMUNet2DModel": "unet_2d_pfgm",
+        "PatchDiscriminator": "discriminator_patch",
     },
 )

@@ -44,20 +44,20 @@ def reset_accelerate():
         state._reset_state()
 
 
-def train(output, dataset, *flags, config=RECIPE):
-    """Runs the script in this process; returns its output folder."""
+def train(output, dataset, *flags, config=RECIPE, script=train_unet):
+    """Runs a script in this process; returns its output folder."""
     reset_accelerate()
     argv = [f"--config={config}", f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
-    train_unet.main(train_unet.parse_args(argv))
+    script.main(script.parse_args(argv))
     return Path(output)
 
 
-def start(output, dataset, *flags, launcher=()):
-    """Starts the script as a process of its own."""
-    argv = [f"--config={RECIPE}", f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
+def start(output, dataset, *flags, launcher=(), config=RECIPE, script=train_unet):
+    """Starts a script as a process of its own."""
+    argv = [f"--config={config}", f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_unet.py"), *argv],
+        [sys.executable, *launcher, str(script.__file__), *argv],
         env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -65,10 +65,8 @@ def start(output, dataset, *flags, launcher=()):
 def contents(checkpoint):
     """Everything that a checkpoint restores, as one flat dictionary of tensors and numbers."""
     found = {}
-    for name in ("unet", "unet_ema"):
-        weights = checkpoint / name / "diffusion_pytorch_model.safetensors"
-        if weights.exists():
-            found |= {f"{name}.{key}": value for key, value in load_file(weights).items()}
+    for weights in sorted(checkpoint.glob("*/diffusion_pytorch_model.safetensors")):
+        found |= {f"{weights.parent.name}.{key}": value for key, value in load_file(weights).items()}
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     for index, moments in optimizer["state"].items():
         found |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}

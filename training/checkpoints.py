@@ -6,6 +6,7 @@ A checkpoint is a folder `checkpoint-<step>`. It is written under another name a
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +84,45 @@ class Checkpoints:
     def restore(self, folder: Path) -> None:
         """Loads a checkpoint that `find_checkpoint` has found whole."""
         self.accelerator.load_state(str(folder))
+
+
+class Best:
+    """
+    The network with the lowest validation loss so far, in the folder `best`, where a killed run leaves it as well.
+
+    Args:
+        folder: Where `best` lies.
+        name: The subfolder of the network.
+        anew: Whether to forget what an earlier run left there.
+    """
+
+    def __init__(self, folder: Path, name: str, anew: bool):
+        self.folder, self.name = folder / "best", name
+        self.note = self.folder / "best.json"
+        if anew:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        known = (
+            json.loads(self.note.read_text()) if self.note.is_file() else {"stage": -1, "validation_loss": math.inf}
+        )
+        self.rank = known["stage"], -known["validation_loss"]
+
+    def offer(self, network, loss: float, step: int, stage: int = 0) -> None:
+        """Keeps a network if it is better. One of a later stage of the training always is: its loss is another."""
+        if not math.isfinite(loss) or (stage, -loss) <= self.rank:
+            return
+        partial = self.folder.with_name(".best.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        network.save_pretrained(partial / self.name, max_shard_size="1TB")
+        note = {"step": step, "validation_loss": loss, "stage": stage}
+        (partial / self.note.name).write_text(json.dumps(note))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        partial.rename(self.folder)
+        self.rank = stage, -loss
+
+    def restore(self, network) -> None:
+        """Gives a network the best weights, if there was a validation."""
+        if self.note.is_file():
+            network.load_state_dict(load_file(self.folder / self.name / WEIGHTS))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

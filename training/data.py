@@ -24,6 +24,9 @@ from tonefield.training.randomness import derive_seed, make_generators, uniform
 # Every trainer sees data of this spread, for which EDM's defaults are made (EDM, table 1: sigma_data).
 SIGMA_DATA = 0.5
 
+# The posterior of a mel in a dataset of latents (`training/latents.py`): scaled, hence of unit variance over all rows.
+LATENT_COLUMNS = ("latents", "latents_std")
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -152,6 +155,23 @@ class ReadMels:
 
 
 @dataclass(frozen=True)
+class ReadLatents:
+    """Draws from the posteriors that a dataset of latents holds, with noise that belongs to the position."""
+
+    class_column: str | None = None
+    seed: int = 0
+
+    def __call__(self, columns: dict, positions: list[int]) -> dict:
+        mean, std = (
+            torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in columns[name]]))
+            for name in LATENT_COLUMNS
+        )
+        generators = make_generators(self.seed, "posterior", positions)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return {"positions": positions, "clean": mean + std * noise} | labels_of(columns, self.class_column)
+
+
+@dataclass(frozen=True)
 class ReadPictures:
     """Pictures in [-1, 1]; flipped and dequantised with numbers that belong to the position."""
 
@@ -201,11 +221,13 @@ class TrainingData:
     sigma_data: float
     class_names: list[str] = field(default_factory=list)
     mel: MelSpectrogram | None = None
+    vae: dict = field(default_factory=dict)  # of latents: the fingerprint and configuration of their autoencoder
 
     def describe(self) -> dict:
         """What a resumed run must find unchanged."""
         front_end = {} if self.mel is None else {"mel configuration": self.mel.fingerprint()}
-        return front_end | {"sample shape": list(self.sample_shape), "classes": self.class_names}
+        autoencoder = {"autoencoder": self.vae["fingerprint"]} if self.vae else {}
+        return front_end | autoencoder | {"sample shape": list(self.sample_shape), "classes": self.class_names}
 
     def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
         """The held-out rows of one process, batch by batch; positions are the numbers of the rows."""
@@ -216,7 +238,7 @@ class TrainingData:
 
 
 def open_data(args) -> TrainingData:
-    """The dataset that the flags name: mels with the record of their front end, or pictures with --image_column."""
+    """The dataset that the flags name: mels or latents with their record, or pictures with --image_column."""
     rows = open_split(args, args.train_split)
     features = rows.features or {}
     pictures = args.image_column is not None
@@ -232,15 +254,22 @@ def open_data(args) -> TrainingData:
     class_column, class_names = find_classes(args, features)
     validation = open_validation(args)
 
+    vae, columns = {}, ["mel"]
     if pictures:
+        columns = [args.image_column]
         read, sigma_data = picture_reader(args, rows, features, class_column)
         shape = (1 if read.mode == "L" else 3, *read.size)
         mel = None
+    elif record["format"] == "tonefield-latents":
+        vae, columns = record["vae"], list(LATENT_COLUMNS)
+        mel = standardized_front_end(record["mel"])
+        read, sigma_data = ReadLatents(class_column, args.seed), 1.0
+        shape = tuple(features["latents"].shape)
     else:
         mel = standardized_front_end(record)
         read, sigma_data = ReadMels(mel, class_column), SIGMA_DATA
         shape = (1, mel.config.n_mels, mel.config.num_frames)
-    columns = [args.image_column if pictures else "mel"] + ([class_column] if class_column else [])
+    columns += [class_column] if class_column else []
     rows = rows.select_columns(columns)
     if validation is not None:
         validation = validation.select_columns(columns)
@@ -248,7 +277,7 @@ def open_data(args) -> TrainingData:
         train = EndlessStream(rows, read, args.seed, args.shuffle_buffer)
     else:
         train = EndlessRows(rows if pictures else rows.with_format("numpy"), read, args.seed)
-    return TrainingData(train, validation, read, shape, sigma_data, class_names, mel)
+    return TrainingData(train, validation, read, shape, sigma_data, class_names, mel, vae)
 
 
 def open_split(args, split: str):

@@ -8,18 +8,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration, gather_object
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError, first_line
-from tonefield.training.checkpoints import Checkpoints, check_same_run, find_checkpoint, list_checkpoints
+from tonefield.training.checkpoints import Best, Checkpoints, check_same_run, find_checkpoint, list_checkpoints
 from tonefield.training.data import Shares, TrainingData
 from tonefield.training.randomness import derive_seed, make_generators
 
@@ -45,6 +47,48 @@ def make_accelerator(args) -> Accelerator:
     ):  # accelerate would compute in float32
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
     return accelerator
+
+
+@dataclass
+class Loss:
+    """
+    What `compute_loss` may return in place of a number.
+
+    Args:
+        total: What the network learns from.
+        parts: Numbers to be logged beside it.
+        opponent: What the opponent learns from; nothing in it may depend on the network's weights, nor `total` on the
+            opponent's.
+    """
+
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    opponent: torch.Tensor | None = None
+
+    @staticmethod
+    def of(loss: "torch.Tensor | Loss") -> "Loss":
+        return loss if isinstance(loss, Loss) else Loss(loss)
+
+
+@dataclass
+class Opponent:
+    """
+    A second network that is trained beside the first and against it: the discriminator of a GAN.
+
+    It is a second group of parameters of the same optimizer. Adam treats each parameter by itself, so this is what two
+    optimizers would do, and there is one thing to save, one schedule and one loss scaler.
+
+    Args:
+        network: What `compute_loss` is given as its fourth argument, once it takes part.
+        start: How many optimizer steps are done without it.
+        settings: Of AdamW, where they differ from the flags: `{"lr": 1e-4}`.
+        name: What to call its subfolder.
+    """
+
+    network: ModelMixin
+    start: int
+    settings: dict = field(default_factory=dict)
+    name: str = "opponent"
 
 
 class Average:
@@ -110,25 +154,34 @@ class Measurements:
         self.accelerator, self.shares, self.data = accelerator, shares, data
         self.start = time.monotonic()
         self.losses: list[torch.Tensor] = []
+        self.parts: dict[str, list[torch.Tensor]] = {}
         self.norms: list[torch.Tensor] = []
+
+    def add(self, loss: Loss) -> None:
+        self.losses.append(loss.total.detach())
+        for name, part in loss.parts.items():
+            self.parts.setdefault(name, []).append(part.detach())
 
     def read(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
         """Means over all processes since the last reading, and whether any process wants to stop. `step` are done."""
         steps, micro = len(self.norms), self.shares.accumulation
-        mine = torch.stack([*self.losses, *self.norms]).float()
+        parts = [torch.stack(values).mean() for values in self.parts.values()]
+        mine = torch.stack([*self.losses, *self.norms, *parts]).float()
         everyone = self.accelerator.gather(torch.cat([mine, mine.new_tensor([float(stop)])])[None]).cpu()
         losses = everyone[:, : steps * micro].reshape(-1, steps, micro)
-        norms = everyone[:, steps * micro : -1]
+        norms = everyone[:, steps * micro :][:, :steps]
+        means = everyone[:, steps * micro + steps : -1].mean(dim=0).tolist()
         self._refuse_nonsense(losses, norms, step - steps)
         seconds = time.monotonic() - self.start
         values = {
             "loss": losses.mean().item(),
+            **dict(zip(self.parts, means, strict=True)),
             "gradient_norm": norms.mean().item(),
             "samples_per_second": steps * self.shares.per_step / seconds,
             "seconds_per_step": seconds / steps,
             "memory_gib": memory_in_use(),
         }
-        self.losses, self.norms, self.start = [], [], time.monotonic()
+        self.losses, self.parts, self.norms, self.start = [], {}, [], time.monotonic()
         return values, bool(everyone[:, -1].any())
 
     def _refuse_nonsense(self, losses: torch.Tensor, norms: torch.Tensor, first: int) -> None:
@@ -157,20 +210,26 @@ def train(
     accelerator: Accelerator,
     model: torch.nn.Module,
     data: TrainingData,
-    compute_loss: Callable[[Callable, dict, list[torch.Generator]], torch.Tensor],
+    compute_loss: Callable[..., torch.Tensor | Loss],
     generate: Callable[[torch.nn.Module, int], None] | None = None,
     run: dict | None = None,
     name: str = "unet",
+    opponent: Opponent | None = None,
+    keep_best: bool = False,
 ) -> torch.nn.Module | None:
     """
     Trains `model` and returns what to publish, or `None` when a signal ended the run early.
 
     Args:
         args: The flags of `add_data_arguments` and `add_training_arguments`.
-        compute_loss: The loss of a batch: of the network to call, the batch, and one generator per sample.
+        compute_loss: The loss of a batch: of the network to call, the batch, and one generator per sample; of the
+            opponent as well while that takes part.
         generate: Makes samples with a network after a number of steps; called by the main process.
         run: What must be the same when the run is resumed.
         name: What to call the network's subfolder.
+        opponent: A second network that learns against the first.
+        keep_best: Publish the weights with the lowest validation loss, not the last ones. They are kept in `best`.
+            Those from before the opponent took part are only kept until then.
     """
     device, folder = accelerator.device, Path(args.output_dir)
     run = data.describe() | (run or {})
@@ -190,14 +249,19 @@ def train(
     model.to(device)
     average = Average(model, args) if args.use_ema else None
     networks = {name: model} | ({f"{name}_ema": average.network} if average else {})
+    groups: list[dict] = [{"params": list(model.parameters())}]
+    if opponent:
+        networks[opponent.name] = opponent.network.to(device)
+        groups.append({"params": list(opponent.network.parameters())} | opponent.settings)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+        groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
         args.adam_weight_decay,
     )  # fmt: skip
     schedule = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    trained = [network] + ([accelerator.prepare(opponent.network)] if opponent else [])
     checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit)
 
     step, resume_at = 0, None
@@ -223,25 +287,30 @@ def train(
             if args.test or not sys.stderr.isatty():
                 tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
-    best = average.network if average else model
+    result = average.network if average else model
+    best = Best(folder, name, anew=found is None) if keep_best and accelerator.is_main_process else None
     measurements = Measurements(accelerator, shares, data)
     batches = iter(data.train.batches(shares, step, args.dataloader_num_workers, resume_at))
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not accelerator.is_main_process or None)
     network.train()
     with Interruption(args.max_hours) as interruption:
         while step < args.max_train_steps:
+            playing = trained[1:] if opponent and step >= opponent.start else []
             for _ in range(shares.accumulation):
                 batch = next(batches)
                 positions, resume_at = batch["positions"], batch.get("resume_at")
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
                 torch.manual_seed(derive_seed(args.seed, "dropout", positions[0]))
-                with accelerator.accumulate(network):
-                    loss = compute_loss(network, batch, make_generators(args.seed, "noise", positions, device))
-                    accelerator.backward(loss)
-                    measurements.losses.append(loss.detach())
+                with accelerator.accumulate(*trained):
+                    generators = make_generators(args.seed, "noise", positions, device)
+                    loss = Loss.of(compute_loss(network, batch, generators, *playing))
+                    accelerator.backward(loss.total if loss.opponent is None else loss.total + loss.opponent)
+                    measurements.add(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                         measurements.norms.append(torch.as_tensor(norm))
+                        for other in playing:  # accelerate has unscaled all gradients, and does so only once
+                            torch.nn.utils.clip_grad_norm_(other.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             schedule.step()
@@ -265,9 +334,13 @@ def train(
                 if stop:
                     break
                 if validating:
-                    report({"validation_loss": validation_loss(args, accelerator, best, data, compute_loss)})
+                    losses = validation_losses(args, accelerator, result, data, compute_loss)
+                    report(losses)
+                    if best is not None:
+                        stage = 0 if opponent is None else int(step > opponent.start)
+                        best.offer(result, losses["validation_loss"], step, stage)
                     if generate is not None and accelerator.is_main_process:
-                        generate(best, step)
+                        generate(result, step)
                     accelerator.wait_for_everyone()
                     network.train()
                 measurements.start = time.monotonic()
@@ -275,21 +348,31 @@ def train(
     if step < args.max_train_steps:
         reason = interruption.reason or "another process"
         accelerator.print(f"stopped at step {step} by {reason}; continue with --resume_from_checkpoint latest")
-        return best if reason == "--max_hours" else None
-    return best
+        if reason != "--max_hours":
+            return None
+    if best is not None:
+        best.restore(result)
+    return result
 
 
 @torch.no_grad()
-def validation_loss(args, accelerator: Accelerator, network, data: TrainingData, compute_loss) -> float:
-    """The loss of the held-out rows. A row meets the same noise every time, so that the numbers can be compared."""
+def validation_losses(args, accelerator: Accelerator, network, data: TrainingData, compute_loss) -> dict[str, float]:
+    """
+    The loss of the held-out rows, and its parts. A row meets the same noise every time, so that the numbers can be
+    compared.
+    """
     network.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    sums: dict[str, float] = {}
+    count = 0
     mine = data.validation_batches(args.train_batch_size, accelerator.process_index, accelerator.num_processes)
     for batch in mine:
         generators = make_generators(args.seed, "validation", batch["positions"], accelerator.device)
         tensors = {k: v.to(accelerator.device) for k, v in batch.items() if torch.is_tensor(v)}
         with accelerator.autocast():
-            loss = compute_loss(network, tensors, generators).float()
-        total += torch.tensor([loss.item() * len(generators), len(generators)], dtype=torch.float64)
-    loss, count = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
-    return loss / count
+            loss = Loss.of(compute_loss(network, tensors, generators))
+        for name, value in {"loss": loss.total, **loss.parts}.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(generators)
+        count += len(generators)
+    everyone = gather_object([(sums, count)])  # a process may have no rows, and then it does not know the parts
+    total = sum(count for _, count in everyone)
+    return {f"validation_{name}": sum(sums.get(name, 0.0) for sums, _ in everyone) / total for name in everyone[0][0]}

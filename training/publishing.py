@@ -1,4 +1,4 @@
-"""A trained pipeline on the Hub, and what its model card tells of the training."""
+"""What was trained, on the Hub, and what its model card tells of the training."""
 
 import json
 import shlex
@@ -31,6 +31,11 @@ def find_repository(args) -> str:
     return repository
 
 
+def settings_of(component) -> dict[str, Any]:
+    """The configuration of a network or scheduler."""
+    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+
+
 def publish(pipeline, folder: Path, repository: str) -> None:
     """Uploads a pipeline that has been saved, and beside it what its training has told."""
     try:
@@ -40,6 +45,20 @@ def publish(pipeline, folder: Path, repository: str) -> None:
         raise UserError(
             f"The pipeline is in {folder}, but was not pushed: {first_line(error).rstrip('.')}. Try again with"
             f" tonefield.load({str(folder)!r}).push_to_hub({repository!r})."
+        ) from None
+    print(f"pushed to {repository}")
+
+
+def publish_folder(folder: Path, repository: str) -> None:
+    """Uploads what was trained where that is no pipeline, without the checkpoints."""
+    try:
+        upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*/**", "best/**", ".*", "logs/**"]
+        )
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"The model is in {folder}, but was not pushed: {first_line(error).rstrip('.')}. Try again with"
+            f" hf upload {repository} {folder} --exclude 'checkpoint-*/**'"
         ) from None
     print(f"pushed to {repository}")
 

@@ -1,5 +1,6 @@
 """What a network in training makes, where a person can look and listen: pictures and sounds in files and trackers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from tonefield.data.pictures import draw_mels
+from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.data import TrainingData
 from tonefield.training.randomness import make_generators
 
@@ -48,21 +50,37 @@ def show_samples(
     """Writes `step-<step>.png`, for mels also their sounds, and hands both to the trackers."""
     folder.mkdir(parents=True, exist_ok=True)
     titles = [data.class_names[label] for label in labels.tolist()] if labels is not None else []
-    picture, sounds = folder / f"step-{step:07d}.png", []
-    samples = samples.float().cpu()
-    if data.mel is None:
-        pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        Image.fromarray(np.concatenate([row.squeeze(-1) if row.shape[-1] == 1 else row for row in pixels], 1)).save(
-            picture
-        )
-    else:
-        draw_mels(samples, data.mel, picture, titles)
-        generator = torch.Generator().manual_seed(0)
-        sounds = list(data.mel.decode(samples.nan_to_num(), generator=generator).clamp(-1, 1).numpy())
-        for index, sound in enumerate(sounds):
-            soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, data.mel.config.sample_rate)
+    if data.mel is not None:
+        show_mels(samples, data.mel, folder, step, trackers, titles)
+        return
+    picture = folder / f"step-{step:07d}.png"
+    pixels = ((samples.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    Image.fromarray(np.concatenate([row.squeeze(-1) if row.shape[-1] == 1 else row for row in pixels], 1)).save(
+        picture
+    )
     for tracker in trackers:
-        track(tracker, picture, sounds, data.mel.config.sample_rate if data.mel else 0, step)
+        track(tracker, picture, [], 0, step)
+
+
+def show_mels(
+    mels: torch.Tensor,
+    front_end: MelSpectrogram,
+    folder: Path,
+    step: int,
+    trackers: list,
+    titles: Sequence[str] = (),
+) -> None:
+    """Writes `step-<step>.png` and a sound for each mel, and hands all to the trackers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"step-{step:07d}.png"
+    mels = mels.float().cpu()
+    draw_mels(mels, front_end, picture, titles)
+    generator = torch.Generator().manual_seed(0)
+    sounds = list(front_end.decode(mels.nan_to_num(), generator=generator).clamp(-1, 1).numpy())
+    for index, sound in enumerate(sounds):
+        soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, front_end.config.sample_rate)
+    for tracker in trackers:
+        track(tracker, picture, sounds, front_end.config.sample_rate, step)
 
 
 def track(tracker, picture: Path, sounds: list[np.ndarray], rate: int, step: int) -> None:

@@ -1,0 +1,143 @@
+"""Datasets of latents: mels as an autoencoder encodes them, for training without the autoencoder in memory.
+
+A row holds the posterior N(`latents`, `latents_std`^2) of a mel, shifted and scaled as the autoencoder's configuration
+says, and all that the mel's row held besides. The record of the dataset is that of the mels, within one of the
+autoencoder; the folder holds the autoencoder and the mel front end themselves.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from tonefield.command_line import UserError
+from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
+from tonefield.models.mel_spectrogram import MelSpectrogram
+from tonefield.training.data import LATENT_COLUMNS, EndlessRows, TrainingData, open_split
+from tonefield.training.publishing import settings_of
+
+
+MEASURED_ROWS = 10_000  # more would change the third digit of a mean
+
+
+def fingerprint(vae: AutoencoderKL) -> str:
+    """Tells autoencoders apart: equal when the same latents mean the same mel."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    digest.update(json.dumps([vae.config.scaling_factor, vae.config.shift_factor]).encode())
+    return digest.hexdigest()[:16]
+
+
+def training_mels(data: TrainingData, size: int) -> Iterator[torch.Tensor]:
+    """Batches of training mels: all, or `MEASURED_ROWS` from all over the dataset, or the first of a stream."""
+    if isinstance(data.train, EndlessRows):
+        rows = data.train.rows
+        wanted = np.linspace(0, len(rows) - 1, min(len(rows), MEASURED_ROWS)).astype(int).tolist()
+        batches = (rows[wanted[start : start + size]] for start in range(0, len(wanted), size))
+    else:
+        batches = itertools.islice(data.train.rows.iter(batch_size=size), -(-MEASURED_ROWS // size))
+    for columns in batches:
+        yield data.read(columns, [])["clean"]
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKL, accelerator: Accelerator, data: TrainingData, size: int) -> dict:
+    """
+    The mean and the standard deviation of draws from the posteriors of the training set, over all latents and for
+    each channel: E[z] = E[mean], Var[z] = Var[mean] + E[std^2].
+    """
+    first = second = torch.zeros(vae.config.latent_channels, dtype=torch.float64)
+    count = rows = 0
+    for mels in training_mels(data, size):
+        with accelerator.autocast():
+            posterior = vae.encode(mels.to(accelerator.device)).latent_dist
+        mean, var = posterior.mean.double(), posterior.var.double()
+        first = first + mean.sum(dim=(0, 2, 3)).cpu()
+        second = second + (mean.square() + var).sum(dim=(0, 2, 3)).cpu()
+        count += mean[:, 0].numel()
+        rows += len(mels)
+    means, squares = first / count, second / count
+    deviation = (squares.mean() - means.mean().square()).sqrt().item()
+    if not 0 < deviation < float("inf"):
+        raise UserError(f"The latents of the training set have the standard deviation {deviation}: train it anew.")
+    return {
+        "mean": means.mean().item(),
+        "std": deviation,
+        "channel_means": means.tolist(),
+        "channel_stds": (squares - means.square()).sqrt().tolist(),
+        "rows": rows,
+    }
+
+
+def check_cache_folder(args) -> None:
+    """Finds out before the training that there is a place for the latents."""
+    folder = Path(args.cache_latents)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--cache_latents {folder} is in use: delete it or choose another one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache_latents {folder} cannot be written: {error.strerror}.") from None
+
+
+@torch.no_grad()
+def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSpectrogram, statistics: dict) -> None:
+    """Writes the dataset of latents, all splits of it; under another name until it is complete."""
+    folder = Path(args.cache_latents).resolve()
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    record = {
+        "format": "tonefield-latents",
+        "version": 1,
+        "vae": {"fingerprint": fingerprint(vae), "config": settings_of(vae)},
+        "statistics": statistics,
+    }
+
+    def encode(mels):
+        mels = mel.standardize(torch.from_numpy(np.asarray(mels, dtype=np.float32)))
+        with accelerator.autocast():
+            posterior = vae.encode(mels.to(accelerator.device)).latent_dist
+        scaled = (posterior.mean - shift) * scale, posterior.std * scale
+        return {name: x.half().cpu().numpy() for name, x in zip(LATENT_COLUMNS, scaled, strict=True)}
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+        splits = {}
+        for split in split_names(args.dataset_name, args.dataset_config_name):
+            rows = open_split(args, split)
+            if split == args.train_split and args.max_train_samples is not None:
+                rows = rows.select(range(min(args.max_train_samples, len(rows))))
+            mels = read_record(rows.features)
+            latents = datasets.Array3D(latent_shape(vae, mel), "float16")
+            dropped = [name for name in ("mel", "image") if name in rows.features]
+            features = {name: feature for name, feature in rows.features.items() if name not in dropped}
+            features |= dict.fromkeys(LATENT_COLUMNS, latents)
+            features[RECORD_COLUMN] = record_feature(record | {"mel": mels})
+            splits[split] = rows.with_format("numpy").map(
+                encode, batched=True, batch_size=args.train_batch_size, input_columns=["mel"],
+                remove_columns=dropped,
+                features=datasets.Features(features), new_fingerprint=f"{record['vae']['fingerprint']}{split}",
+                cache_file_name=f"{work}/{split}.arrow", desc=f"latents of {split}",
+            ).with_format(None)  # fmt: skip
+        done = Path(work, "dataset")
+        datasets.DatasetDict(splits).save_to_disk(done)
+        vae.save_pretrained(done / "vae")
+        mel.save_pretrained(done / "mel")
+        shutil.rmtree(folder)
+        done.rename(folder)
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    print(f"the latents are in {args.cache_latents}: {counts}")
+
+
+def latent_shape(vae: AutoencoderKL, mel: MelSpectrogram) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of one slice."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, mel.config.n_mels // factor, mel.config.num_frames // factor
