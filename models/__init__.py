@@ -7,5 +7,12 @@ from tonefield._lazy import attach
 
 if TYPE_CHECKING:
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
+    from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
 
-__getattr__, __dir__, __all__ = attach(__name__, {"MelSpectrogram": "mel_spectrogram"})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "MelSpectrogram": "mel_spectrogram",
+        "SEDDTransformer1DModel": "transformer_sedd",
+    },
+)

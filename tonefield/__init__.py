@@ -16,6 +16,7 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
 
 if TYPE_CHECKING:
     from .models import MelSpectrogram as MelSpectrogram
+    from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
         "PoissonFlowScheduler": "schedulers",
+        "SEDDTransformer1DModel": "models",
         "ScoreSDEScheduler": "schedulers",
         "load": "pipelines",
     },
