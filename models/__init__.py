@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .codec_transformers import TransformersCodec as TransformersCodec
     from .loading import load_audio_tokenizer as load_audio_tokenizer
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
+    from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -18,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "FSQCodec": "codec_fsq",
         "MelSpectrogram": "mel_spectrogram",
         "MuLawTokenizer": "audio_tokenizer_mulaw",
+        "SEDDTransformer1DModel": "transformer_sedd",
         "TransformersCodec": "codec_transformers",
         "load_audio_tokenizer": "loading",
     },

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models import FSQCodec as FSQCodec
     from .models import MelSpectrogram as MelSpectrogram
     from .models import MuLawTokenizer as MuLawTokenizer
+    from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .models import TransformersCodec as TransformersCodec
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
@@ -32,6 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         "MelSpectrogram": "models",
         "MuLawTokenizer": "models",
         "PoissonFlowScheduler": "schedulers",
+        "SEDDTransformer1DModel": "models",
         "ScoreSDEScheduler": "schedulers",
         "TransformersCodec": "models",
         "load": "pipelines",
