@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
+    from .schedulers import ScoreEntropyScheduler as ScoreEntropyScheduler
     from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, __dir__, __all__ = attach(
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
         "PoissonFlowScheduler": "schedulers",
+        "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
         "load": "pipelines",
     },
