@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
+    from .schedulers import ScoreEntropyScheduler as ScoreEntropyScheduler
     from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, __dir__, __all__ = attach(
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = attach(
         "MuLawTokenizer": "models",
         "PoissonFlowScheduler": "schedulers",
         "SEDDTransformer1DModel": "models",
+        "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
         "TransformersCodec": "models",
         "load": "pipelines",
