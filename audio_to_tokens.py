@@ -32,7 +32,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     codec.add_argument(
         "--codec",
         metavar="NAME",
-        help="what turns sound into tokens: mulaw, a folder that train_codec.py made, or a Hub id (EnCodec, DAC, Mimi)",
+        help="what makes tokens: mulaw, a folder that train_codec.py made, or a Hub id (EnCodec, DAC, Mimi)",
     )
     codec.add_argument("--device", metavar="NAME", help="where it computes (default: a GPU if there is one)")
     codec.add_argument(

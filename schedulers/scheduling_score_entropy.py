@@ -77,6 +77,12 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
     return torch.cat(parts).to(device, non_blocking=True)
 
 
+def stratify(draws: torch.Tensor, strata: tuple[torch.Tensor, int] | None) -> torch.Tensor:
+    """Uniform numbers moved into parts of [0, 1): the numbers of the parts and how many there are, or one for each."""
+    numbers, count = strata or (torch.arange(len(draws), device=draws.device), len(draws))
+    return (numbers + draws) / count
+
+
 # Noise schedules. Each method maps times, a tensor, to a tensor of the same shape.
 
 # m(t) = (1 - eps) g(t): g, its derivative and its inverse, for alpha = 1 - (1 - eps) t and for MDLM's alpha =
@@ -556,16 +562,18 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         device: torch.device | str | None = None,
         t_sampling: Literal["stratified", "uniform", "importance"] = "stratified",
+        strata: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Times to train at, from `sampling_eps` to 1, and the weights that the losses there have.
 
-        `"stratified"` puts one uniform time into each of `batch_size` equal parts. `"importance"` makes ln m uniform
-        (MDLM's change of time): the weight of the cross-entropy, m' / m, becomes the same at all times.
+        `"stratified"` puts one uniform time into each of `batch_size` equal parts; for a batch that is a share of a
+        larger one, `strata` gives the number of each sample's part and the number of parts. `"importance"` makes ln m
+        uniform (MDLM's change of time): the weight of the cross-entropy, m' / m, becomes the same at all times.
         """
         draws, low = uniforms((batch_size, 1), generator, device)[:, 0], self.config.sampling_eps
         if t_sampling != "uniform":
-            draws = (torch.arange(batch_size, device=draws.device) + draws) / batch_size
+            draws = stratify(draws, strata)
         if t_sampling != "importance":
             return low + (1 - low) * draws, torch.ones_like(draws)
         first, last = self.noise.masked(draws.new_tensor([low, 1.0])).log()
@@ -579,9 +587,10 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         mask: torch.Tensor | None = None,
         t_sampling: Literal["stratified", "uniform", "importance", "mask_count"] = "stratified",
+        strata: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        A training batch: noisy tokens, their times t, and the weights of `loss` for them.
+        A training batch: noisy tokens, their times t, and the weights of `loss` for them. `strata` as in `sample_t`.
 
         `"mask_count"` masks k of the n tokens, k stratified in 1 ... n, and its weights make the loss the
         order-agnostic bound n / k * cross-entropy (RADD), of smaller variance than with a random number of masks.
@@ -589,11 +598,10 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         if t_sampling not in T_SAMPLINGS:
             raise ValueError(f"`t_sampling` is {t_sampling!r}: it must be one of {', '.join(T_SAMPLINGS)}.")
         if t_sampling != "mask_count":
-            t, weight = self.sample_t(len(tokens), generator, tokens.device, t_sampling)
+            t, weight = self.sample_t(len(tokens), generator, tokens.device, t_sampling, strata)
             return self.add_noise(tokens, t, generator, mask), t, weight
         draws = uniforms((len(tokens), 1), generator, tokens.device)[:, 0]
-        strata = (torch.arange(len(tokens), device=tokens.device) + draws) / len(tokens)
-        noisy, share = self._mask_share(tokens, strata, generator, mask)
+        noisy, share = self._mask_share(tokens, stratify(draws, strata), generator, mask)
         t = self.noise.time(share)
         return noisy, t, self.noise.masked(t) / self.noise.masked_slope(t) / share
 

@@ -8,7 +8,7 @@ processes see what one would.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -188,6 +188,20 @@ def labels_of(columns: dict, name: str | None) -> dict:
         return {}
     labels = [-1 if label is None else int(label) for label in columns[name]]
     return {"class_labels": torch.tensor(labels)}
+
+
+class Data(Protocol):
+    """What the training loop needs to know of a dataset."""
+
+    train: EndlessRows | EndlessStream
+
+    def describe(self) -> dict:
+        """What a resumed run must find unchanged."""
+        ...
+
+    def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
+        """What one process validates with, batch by batch; its positions are those of the noise."""
+        ...
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError
 from tonefield.training.checkpoints import Checkpoints, check_same_run, find_checkpoint, list_checkpoints
-from tonefield.training.data import Shares, TrainingData
+from tonefield.training.data import Data, Shares
 from tonefield.training.randomness import derive_seed, make_generators
 
 
@@ -97,7 +97,7 @@ class Measurements:
     host wait for the device, and that happens once every `--logging_steps`, not once a step.
     """
 
-    def __init__(self, accelerator: Accelerator, shares: Shares, data: TrainingData):
+    def __init__(self, accelerator: Accelerator, shares: Shares, data: Data):
         self.accelerator, self.shares, self.data = accelerator, shares, data
         self.start = time.monotonic()
         self.losses: list[torch.Tensor] = []
@@ -147,11 +147,12 @@ def train(
     args,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    data: TrainingData,
+    data: Data,
     compute_loss: Callable[[Callable, dict, list[torch.Generator]], torch.Tensor],
     generate: Callable[[torch.nn.Module, int], None] | None = None,
     run: dict | None = None,
     name: str = "unet",
+    validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
 ) -> torch.nn.Module | None:
     """
     Trains `model` and returns what to publish, or `None` when a signal ended the run early.
@@ -162,6 +163,7 @@ def train(
         generate: Makes samples with a network after a number of steps; called by the main process.
         run: What must be the same when the run is resumed.
         name: What to call the network's subfolder.
+        validate: What to report of a network, instead of its loss over the held-out rows; every process calls it.
     """
     device, folder = accelerator.device, Path(args.output_dir)
     run = data.describe() | (run or {})
@@ -256,7 +258,10 @@ def train(
                 if stop:
                     break
                 if validating:
-                    report({"validation_loss": validation_loss(args, accelerator, best, data, compute_loss)})
+                    if validate is None:
+                        report({"validation_loss": validation_loss(args, accelerator, best, data, compute_loss)})
+                    else:
+                        report(validate(best))
                     if generate is not None and accelerator.is_main_process:
                         generate(best, step)
                     accelerator.wait_for_everyone()
@@ -271,7 +276,7 @@ def train(
 
 
 @torch.no_grad()
-def validation_loss(args, accelerator: Accelerator, network, data: TrainingData, compute_loss) -> float:
+def validation_loss(args, accelerator: Accelerator, network, data: Data, compute_loss) -> float:
     """The loss of the held-out rows. A row meets the same noise every time, so that the numbers can be compared."""
     network.eval()
     total = torch.zeros(2, dtype=torch.float64)

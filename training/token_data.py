@@ -56,7 +56,7 @@ class ReadTokens:
         for row in rows:
             check_codes(int(row.min()), int(row.max()), self.codebook_size)
         lengths = [row.shape[1] for row in rows]
-        # Where frames are in a sequence depends on their number only in the parallel layout not at all.
+        # In a layout that puts codebooks one after the other all sequences have the same places.
         longest = max(lengths) if self.layout == "parallel" else self.num_frames
         codes = np.zeros((len(rows), len(rows[0]), longest), np.int64)
         for padded, row in zip(codes, rows, strict=True):
@@ -213,7 +213,8 @@ def open_dataset_codec(name: str, record: dict):
     folder = Path(name, CODEC_FOLDER)
     try:
         if not Path(name).exists():
-            folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=f"{CODEC_FOLDER}/*"), CODEC_FOLDER)
+            patterns = f"{CODEC_FOLDER}/*"
+            folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns), CODEC_FOLDER)
         codec = load_audio_tokenizer(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"The codec of {name} cannot be loaded from {folder}: {first_line(error)}") from None
