@@ -276,31 +276,15 @@ def make_loss(args, scheduler, data, accelerator):
     return compute_loss
 
 
-def write_pipeline(args, folder: Path, unet, scheduler, data) -> None:
-    """The folder that `tonefield.load` and `DiffusionPipeline.from_pretrained` load."""
+def make_pipeline(args, accelerator, unet, scheduler, data):
+    """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import MelPFGMPipeline
+    from tonefield.training.publishing import training_facts
 
-    card = {
-        "dataset": Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name,
-        "objective": args.objective,
-        "optimizer steps": args.max_train_steps,
-        "classes": ", ".join(data.class_names) if data.class_names else "none",
-    }
-    MelPFGMPipeline(unet, scheduler, data.mel, card=card).save_pretrained(folder)
-
-
-def push(args, folder: Path) -> None:
-    """Uploads the pipeline without the checkpoints."""
-    from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    name = args.hub_model_id or folder.name
-    try:
-        repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["checkpoint-*/**", ".*", "logs/**"])
-    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"The model is in {folder}, but could not be pushed to {name}: {first_line(error)}") from None
-    print(f"pushed to {repo}")
+    defaults = parse_args(["--dataset_name=none"])
+    card = training_facts("train_unet.py", args, defaults, accelerator) | {"objective": args.objective}
+    label2id = {name: label for label, name in enumerate(data.class_names)} or None
+    return MelPFGMPipeline(unet, scheduler, data.mel, card=card, label2id=label2id)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -308,9 +292,11 @@ def main(args: argparse.Namespace) -> None:
 
     from tonefield.training.data import open_data
     from tonefield.training.loop import make_accelerator, train
+    from tonefield.training.publishing import find_repository, publish
     from tonefield.training.validation import draw_samples, show_samples, spread_labels
 
     accelerator = make_accelerator(args)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     data = open_data(args)
     unet, scheduler = make_unet(args, data), make_scheduler(args, data)
     if args.objective in WITH_CHARGES:
@@ -332,12 +318,13 @@ def main(args: argparse.Namespace) -> None:
     loss = make_loss(args, scheduler, data, accelerator)
     trained = train(args, accelerator, unet, data, loss, generate, fixed)
     if trained is not None and accelerator.is_main_process:
-        write_pipeline(args, folder, trained, scheduler, data)
+        pipeline = make_pipeline(args, accelerator, trained, scheduler, data)
+        pipeline.save_pretrained(folder)
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
         print(f"the pipeline is in {folder}")
-        if args.push_to_hub:
-            push(args, folder)
+        if repository is not None:
+            publish(pipeline, folder, repository)
     accelerator.end_training()
 
 

@@ -35,7 +35,7 @@ from .tonefield_repository import SelfContainedPipelineMixin
 
 Generators = torch.Generator | list[torch.Generator] | None
 Sounds = torch.Tensor | np.ndarray
-Labels = int | list[int] | torch.Tensor | None
+Labels = int | str | list[int | str] | torch.Tensor | None
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -127,6 +127,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
             What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+        label2id (`dict[str, int]`, *optional*):
+            The names of the classes and their labels, so that sounds can be asked for by name.
     """
 
     model_cpu_offload_seq = "unet->vocoder"
@@ -141,10 +143,15 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         mel: ModelMixin | None = None,
         vocoder: ModelMixin | None = None,
         card: dict | None = None,
+        label2id: dict[str, int] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, mel=mel, vocoder=vocoder)
-        self.register_to_config(card=card)
+        if label2id is not None:
+            label2id = dict(sorted(label2id.items(), key=lambda item: item[1]))  # a file knows no order
+            if list(label2id.values()) != list(range(self.num_classes)):
+                raise ValueError(f"label2id is {label2id}: name each of the network's {self.num_classes} classes.")
+        self.register_to_config(card=card, label2id=label2id)
         if vocoder is not None and (mel is None or mel.config.method != "bigvgan"):
             raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
         self._guidance_scale = 1.0
@@ -169,10 +176,13 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
+        label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
+        label = label.replace("{", "{{").replace("}", "}}")
         if self.mel is None:
-            return 'import {library}\n\n\npipe = {load}\npipe(output_type="pil").images[0].save("picture.png")'
+            options = ", ".join([label] * bool(label) + ['output_type="pil"'])
+            return f'import {{library}}\n\n\npipe = {{load}}\npipe({options}).images[0].save("picture.png")'
         return (
-            "import {library}\nimport soundfile\n\n\npipe = {load}\nsound = pipe()\n"
+            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({label})\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
         )
 
@@ -243,13 +253,18 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
         if class_labels is None:
             return None
-        labels = torch.as_tensor(class_labels).reshape(-1)
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.reshape(-1).tolist()
+        given = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if self.num_classes == 0:
-            raise ValueError(f"class_labels is {labels.tolist()}, but the network has no classes: leave it out.")
-        wrong = [label for label in labels.tolist() if label not in range(self.num_classes)]
-        if wrong:
-            raise ValueError(f"class_labels holds {wrong[0]}: labels are 0 to {self.num_classes - 1}.")
-        return labels.to(self._execution_device, torch.long)
+            raise ValueError(f"class_labels is {given}, but the network has no classes: leave it out.")
+        ids = self.config.label2id or {}
+        for label in given:
+            if label not in (ids if isinstance(label, str) else range(self.num_classes)):
+                names = f", or {', '.join(ids)}" if ids else ""
+                raise ValueError(f"class_labels holds {label!r}: labels are 0 to {self.num_classes - 1}{names}.")
+        labels = [ids[label] if isinstance(label, str) else label for label in given]
+        return torch.tensor(labels, device=self._execution_device, dtype=torch.long)
 
     def check_inputs(
         self,
@@ -417,7 +432,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         Args:
             batch_size (`int`, *optional*, defaults to 1):
                 How many sounds; as many as there are in `audio`, `latents` or `class_labels` when those are several.
-            class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            class_labels (`int`, `str` or a list of them, *optional*):
+                One label for all, or one per sound: a number, or a name of `pipe.config.label2id`.
             num_inference_steps (`int`, *optional*, defaults to 18): Steps from noise to sound.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 1 follows the labels as they were learnt, more exaggerates them, 0 forgets them.
@@ -540,7 +556,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
-            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            class_labels (`int`, `str` or a list of them, *optional*): Their labels.
             rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
 
         Returns:
@@ -574,7 +590,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         Args:
             a, b (`torch.Tensor` or `np.ndarray`): One sound each, as in `__call__`.
             n (`int`): Number of sounds, both ends included.
-            class_labels (`int`, *optional*): The label of both.
+            class_labels (`int` or `str`, *optional*): The label of both.
             generator, output_type: As in `__call__`; a list of generators has `n` entries.
             rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
 
@@ -612,7 +628,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
-            class_labels (`int` or `list[int]`, *optional*): Their labels.
+            class_labels (`int`, `str` or a list of them, *optional*): Their labels.
             divergence (`"hutchinson"` or `"exact"`, *optional*, defaults to `"hutchinson"`):
                 An unbiased estimate, or the exact value at as many times the cost as a mel has numbers.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Draws the probes of the estimate.

@@ -75,7 +75,8 @@ class SelfContainedPipelineMixin:
 
     What the card tells of the training comes from the `card` of the pipeline's configuration, which is saved and
     loaded with it. `license`, `datasets` (ids on the Hub), `tags` and `language` become the card's metadata,
-    `description` its first paragraph, and whatever else there is a row of its table.
+    `description` its first paragraph, and whatever else there is a row of its table. So are the names of the classes,
+    if the configuration has a `label2id`.
     """
 
     # Code for the card, with {library} to import and {load}, a call that loads the pipeline, to be filled in.
@@ -126,6 +127,8 @@ class SelfContainedPipelineMixin:
                 parts.append(f"| {key} | `{type(component).__name__}` | {sum(sizes):,} |")
         if metadata.license or metadata.datasets:
             facts = {"datasets": metadata.datasets, "license": metadata.license, **facts}
+        if labels := self.config.get("label2id"):
+            facts = {"classes": list(labels), **facts}
         rows = [
             f"| {key.replace('_', ' ')} | {', '.join(map(str, value)) if isinstance(value, list) else value} |"
             for key, value in sorted(facts.items())

@@ -12,12 +12,13 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-USER = "someone"
+USER, TOKEN = "someone", "hf_x"
 LARGE = (".parquet", ".safetensors", ".bin")
 
 
@@ -27,6 +28,9 @@ class FakeHub:
     def __init__(self):
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.private: set[tuple[str, str]] = set()
+        self.read_only: set[tuple[str, str]] = set()
+        self.on_auth_check: Callable[[], object] = bool
+        self.licenses: dict[tuple[str, str], str] = {}
         self.large: dict[str, bytes] = {}  # by their SHA-256: large files are sent before the commit that names them
         self.requests: list[str] = []
 
@@ -50,7 +54,7 @@ class FakeHub:
     def environment(self, cache: str | Path) -> dict[str, str]:
         """The variables that send a process here instead of to huggingface.co."""
         return {
-            "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_TOKEN": "hf_x",
+            "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
 
@@ -74,13 +78,19 @@ class _Handler(BaseHTTPRequestHandler):
         path = self._path()
         if path == "/api/whoami-v2":
             return self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check/write", path):
+            if self._may_write(match.groups()):
+                self._json({})
+                self.hub.on_auth_check()
+            return None
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             if (files := self._files(match)) is not None:
                 private = match.groups()[:2] in self.hub.private
                 siblings = [{"rfilename": name} for name in sorted(files)]
+                card = {"license": self.hub.licenses.get(match.groups()[:2])}
                 self._json({
                     "_id": "1", "id": match[2], "sha": _commit(files), "private": private, "tags": [], "downloads": 0,
-                    "likes": 0, "siblings": siblings,
+                    "likes": 0, "siblings": siblings, "cardData": card,
                 })  # fmt: skip
             return None
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
@@ -108,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             wanted = json.loads(body)
             repository = (wanted.get("type", "model") + "s", f"{wanted.get('organization') or USER}/{wanted['name']}")
+            if not self._may_write():
+                return None
             kind, name = repository
             url = f"{self.hub.url}/{name}" if kind == "models" else f"{self.hub.url}/{kind}/{name}"
             if repository in self.hub.files:
@@ -127,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit|paths-info)/[^/]+", path)
         if not match:
             return self._missing("RepoNotFound")
-        if (files := self._files(match)) is None:
+        if (files := self._files(match)) is None or not self._may_write(match.groups()[:2]):
             return None
         if match[3] == "preupload":
             entries = [
@@ -175,6 +187,16 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             self._missing("RepoNotFound")
         return files
+
+    def _may_write(self, repository: tuple | None = None) -> bool:
+        """Whether the token is good, also for this repository. If not, the answer says so."""
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._json({"error": "Invalid username or password."}, 401)
+        elif repository in self.hub.read_only:
+            self._json({"error": "You don't have the rights to write here."}, 403)
+        else:
+            return True
+        return False
 
     def _tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
         entries = {}

@@ -33,9 +33,9 @@ def data(mel, sounds):
 def make_pipe(mel, data):
     """A pipeline whose network knows the sounds exactly."""
 
-    def make(aug_dim=128, classes=None, data=data, mel=mel, **scheduler):
+    def make(aug_dim=128, classes=None, data=data, mel=mel, label2id=None, **scheduler):
         scheduler = PoissonFlowScheduler(aug_dim=aug_dim, prediction_type="sample", **scheduler)
-        return quiet(MelPFGMPipeline(exact(data, aug_dim, classes), scheduler, mel))
+        return quiet(MelPFGMPipeline(exact(data, aug_dim, classes), scheduler, mel, label2id=label2id))
 
     return make
 

@@ -211,6 +211,26 @@ def test_labels_choose_the_sound(make_pipe, data):
     assert len((without // 2).unique()) == 3
 
 
+def test_classes_have_names(make_pipe, data):
+    pipe = make_pipe(classes=3, label2id={"tom": 2, "kick": 0, "snare": 1})
+    assert list(pipe.config.label2id) == ["kick", "snare", "tom"]
+    for labels, expected in (
+        ("tom", [2]), (["kick", 2, "snare"], [0, 2, 1]), (("snare", "kick"), [1, 0]), (np.int64(1), [1]),
+        (np.array([0, 2]), [0, 2]), (torch.tensor([2, 1]), [2, 1]),
+    ):  # fmt: skip
+        which, _ = nearest(pipe(class_labels=labels, generator=seeds(*range(len(expected)))).mels, data)
+        assert (which // 2).tolist() == expected
+    path = pipe.interpolate(data[2:3], data[3:4], 2, "snare", output_type="mel").mels
+    torch.testing.assert_close(path, data[2:4], atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match=r"class_labels holds 'Tom': labels are 0 to 2, or kick, snare, tom."):
+        pipe(class_labels=["tom", "Tom"])
+    with pytest.raises(ValueError, match=r"class_labels holds 'tom': labels are 0 to 2."):
+        make_pipe(classes=3)(class_labels="tom")
+    for wrong in ({"kick": 0}, {"a": 0, "b": 1, "c": 1}, {"a": 1, "b": 2, "c": 3}):
+        with pytest.raises(ValueError, match=r"label2id is .*: name each of the network's 3 classes"):
+            make_pipe(classes=3, label2id=wrong)
+
+
 @pytest.mark.parametrize("kind", ["sample", "edm"])
 def test_guidance_extrapolates_the_denoised_sample(mel, data, kind):
     """One step from noise is the denoised sample itself."""

@@ -28,10 +28,13 @@ CARD = {
     "training_steps": 1200,
     "seconds_per_step": 0.5,
 }
+# Names that are in no alphabetical order, and one that diffusers or tonefield could take for a class.
+LABELS = {"tom {1}": 0, "MelSpectrogram": 1, "kick": 2}
 GENERATE = """
 generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
 pipe.set_progress_bar_config(disable=True)
-sound = pipe(2, class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3, generator=generators)
+labels = ["tom {1}", "MelSpectrogram"]
+sound = pipe(2, labels, 3, 2.0, generator=generators)
 np.save("sound.npy", sound.audios)
 """
 
@@ -77,7 +80,7 @@ def run(work):
 def saved(random_pipe, work):
     """A saved pipeline and the sounds that it makes."""
     folder = work / "two-tones"
-    pipe = quiet(MelPFGMPipeline(**random_pipe.components, card=CARD))
+    pipe = quiet(MelPFGMPipeline(**random_pipe.components, card=CARD, label2id=LABELS))
     if not folder.exists():
         pipe.save_pretrained(folder)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -124,11 +127,17 @@ def test_card(saved, run, bare_python):
     card = (saved[0] / "README.md").read_text()
     for line in ("license: cc-by-4.0", "- someone/sounds", "library_name: diffusers", "# two-tones", "Two tones."):
         assert line in card.splitlines()
-    for line in ("| training steps | 1200 |", "| license | cc-by-4.0 |", "| datasets | someone/sounds |"):
+    for line in (
+        "| classes | tom {1}, MelSpectrogram, kick |",
+        "| training steps | 1200 |",
+        "| license | cc-by-4.0 |",
+        "| datasets | someone/sounds |",
+    ):
         assert line in card.splitlines()
     assert re.search(r"\| unet \| `UNet2DModel` \| [\d,]{6,} \|", card)
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 2
+    assert all("pipe(class_labels='tom {1}')" in snippet for snippet in snippets)
     for snippet, python in zip(snippets, (bare_python, sys.executable), strict=True):
         run(snippet, python, cwd=saved[0].parent)
         samples, rate = soundfile.read(saved[0].parent / "sound.wav")
@@ -139,7 +148,7 @@ def test_card(saved, run, bare_python):
 def test_card_of_a_person_stays(random_pipe, tmp_path):
     random_pipe.save_pretrained(tmp_path)
     written = (tmp_path / "README.md").read_text()
-    assert tonefield.load(tmp_path).config.card is None and "## Training" not in written
+    assert tonefield.load(tmp_path).config.card is None and "## Training" not in written and "pipe()" in written
     random_pipe.register_to_config(card={"license": "mit"})
     random_pipe.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() != written
@@ -150,7 +159,7 @@ def test_card_of_a_person_stays(random_pipe, tmp_path):
 
 def test_facts_travel_with_the_pipeline(saved, tmp_path):
     pipe = tonefield.load(saved[0])
-    assert pipe.config.card == CARD
+    assert pipe.config.card == CARD and list(pipe.config.label2id) == list(LABELS)
     pipe.save_pretrained(tmp_path / "two-tones")
     assert (tmp_path / "two-tones" / "README.md").read_text() == (saved[0] / "README.md").read_text()
     index = json.loads((tmp_path / "two-tones" / "model_index.json").read_text())
