@@ -58,9 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="P",
         help="how often the class is withheld, for classifier-free guidance (default: %(default)s)",
     )
-    data.add_argument(
-        "--caption_column", default="caption", metavar="NAME", help="the texts (default: %(default)s)"
-    )
+    data.add_argument("--caption_column", default="caption", metavar="NAME", help="the texts (default: %(default)s)")
     data.add_argument(
         "--text_encoder", metavar="NAME", help="tell the network the text: a T5 encoder, folder or Hub id"
     )
@@ -216,7 +214,7 @@ class Words:
         import torch
 
         texts = ["" if caption is None else str(caption) for caption in captions]
-        words = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         there = torch.tensor([caption is not None for caption in captions])
         return {"word_ids": words["input_ids"], "word_mask": words["attention_mask"].bool() & there[:, None]}
 
@@ -328,3 +326,97 @@ def make_validation(args, accelerator, scheduler, data, condition):
         return {"validation_loss": nats / tokens, "validation_bits_per_token": nats / tokens / math.log(2)}
 
     return validate
+
+
+def make_pipeline(args, accelerator, transformer, scheduler, data, text):
+    """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
+    from tonefield.pipelines import SEDDTokenPipeline
+    from tonefield.training.publishing import training_facts
+
+    defaults = parse_args(["--dataset_name=none"])
+    card = training_facts("train_sedd.py", args, defaults, accelerator)
+    label2id = {name: label for label, name in enumerate(data.class_names)} or None
+    return SEDDTokenPipeline(transformer, scheduler, data.codec, *text, card=card, label2id=label2id)
+
+
+def make_samples(args, accelerator, scheduler, data, text):
+    """`generate` of the training loop: sounds of a usual length, with classes and held-out texts if there are any."""
+    from tonefield.pipelines import SEDDTokenPipeline
+    from tonefield.training.randomness import make_generators
+    from tonefield.training.validation import show_sounds, spread_labels
+
+    count, folder = args.num_validation_samples, Path(args.output_dir, "samples")
+    labels, prompts = spread_labels(count, len(data.class_names)), data.captions(count)
+    titles = [data.class_names[label] for label in labels.tolist()] if labels is not None else prompts or []
+
+    def generate(transformer, step: int) -> None:
+        if not count:
+            return
+        law = type(scheduler).from_config(scheduler.config)  # the run of another leaves no trace in this one
+        pipeline = SEDDTokenPipeline(transformer, law, data.codec.to(accelerator.device), *text)
+        pipeline.set_progress_bar_config(disable=True)
+        generators = make_generators(args.seed, "sample", list(range(count)), accelerator.device)
+        sounds = pipeline(
+            batch_size=count, class_labels=labels, prompt=prompts, num_frames=max(1, round(data.mean_frames)),
+            num_inference_steps=args.num_inference_steps, generator=generators, output_type="pt",
+        )  # fmt: skip
+        show_sounds(sounds.audios.float().cpu(), sounds.sampling_rate, titles, folder, step, accelerator.trackers)
+
+    return generate
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = prepare_output_dir(args.output_dir)
+
+    from tonefield.training.loop import make_accelerator, train
+    from tonefield.training.publishing import find_repository, publish
+    from tonefield.training.token_data import open_tokens
+
+    accelerator = make_accelerator(args)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    tokenizer, encoder = open_text_encoder(args)
+    data = open_tokens(args, args.layout, tokenizer and Words(tokenizer))
+    scheduler = make_scheduler(args, data.codec)
+    transformer = make_transformer(args, data, scheduler, encoder and encoder.config.d_model)
+    if encoder is not None:
+        encoder.to(accelerator.device)
+
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    classes = f"{len(data.class_names)} classes" if data.class_names else "no classes"
+    books = f"{data.codec.num_codebooks} x " if data.codec.num_codebooks > 1 else ""
+    accelerator.print(
+        f"{parameters:,} parameters, {data.num_frames} frames ({data.mean_frames:.4g} on average) of"
+        f" {books}{data.codec.codebook_size} codes, {classes}"
+    )
+    fixed = {"scheduler": settings_of(scheduler), "network": settings_of(transformer), "t sampling": args.t_sampling}
+    condition = make_condition(args, data, encoder)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    trained = train(
+        args,
+        accelerator,
+        transformer,
+        data,
+        make_loss(args, scheduler, data, condition, samples_per_step),
+        make_samples(args, accelerator, scheduler, data, (tokenizer, encoder)),
+        fixed,
+        "transformer",
+        make_validation(args, accelerator, scheduler, data, condition),
+    )
+    if trained is not None and accelerator.is_main_process:
+        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, (tokenizer, encoder))
+        pipeline.save_pretrained(folder)
+        about = {"flags": vars(args), "class_names": data.class_names} | fixed
+        (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
+        print(f"the pipeline is in {folder}")
+        if repository is not None:
+            publish(pipeline, folder, repository)
+    accelerator.end_training()
+
+
+def settings_of(component) -> dict:
+    """The configuration of a network or scheduler."""
+    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -104,6 +104,13 @@ class TokenData:
             "classes": self.class_names,
         }
 
+    def captions(self, count: int) -> list[str] | None:
+        """Texts of what is held out, if the network is told any."""
+        if self.read.caption_column is None or self.validation is None:
+            return None
+        texts = [str(text) for text in self.validation[self.read.caption_column] if text is not None]
+        return [texts[index % len(texts)] for index in range(count)] if texts else None
+
     def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
         """The held-out windows of one process, batch by batch; positions are the numbers of the windows."""
         if self.validation is None:
@@ -149,9 +156,7 @@ def open_tokens(args, layout: str = "parallel", words: Callable | None = None) -
         frames = check_rows(args.dataset_name, rows, codec.codebook_size, hop)
         longest = int(frames.max())
     num_frames = sequence_length(args, longest)
-    read = ReadTokens(
-        num_frames, codec.codebook_size, layout, class_column, caption_column, words, args.seed
-    )
+    read = ReadTokens(num_frames, codec.codebook_size, layout, class_column, caption_column, words, args.seed)
     windows = []
     if validation is not None:
         held_out = check_rows(args.dataset_name, validation, codec.codebook_size, hop)
