@@ -192,7 +192,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
-        call = 'pipe("a piano")' if self.text_encoder is not None else "pipe()"
+        call = 'pipe(prompt="a piano")' if self.text_encoder is not None else "pipe()"
         return (
             f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = {call}\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
@@ -242,8 +242,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         if overlap is None:
             raise ValueError(
                 f"The sound has {frames} frames ({frames * seconds:g} s), but the transformer has seen at most"
-                f" {longest} ({longest * seconds:g} s): make it shorter, or give overlap_in_s, the seconds that windows"
-                " of that length shall share."
+                f" {longest} ({longest * seconds:g} s): make it shorter, or give overlap_in_s, the seconds that"
+                " windows of that length shall share."
             )
         return longest, overlap
 
@@ -489,13 +489,13 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompt: Prompts = None,
         batch_size: int = 1,
+        prompt: Prompts = None,
         class_labels: Labels = None,
+        guidance_scale: float = 1.0,
         audio_length_in_s: float | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 128,
-        guidance_scale: float = 1.0,
         negative_prompt: Prompts = None,
         audio: Sounds | None = None,
         sampling_rate: int | None = None,
@@ -513,11 +513,13 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         Generate sound.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): One text for all, or one per sound.
             batch_size (`int`, *optional*, defaults to 1):
                 How many sounds; as many as there are in `prompt`, `class_labels`, `audio`, `tokens` or `mask` when
                 those are several.
+            prompt (`str` or `list[str]`, *optional*): One text for all, or one per sound.
             class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                1 follows the condition as it was learnt, more exaggerates it, 0 forgets it.
             audio_length_in_s (`float`, *optional*): Length in seconds.
             num_frames (`int`, *optional*):
                 Length in frames of the audio tokenizer, in the place of seconds. Without either, the sound is as long
@@ -525,8 +527,6 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 128):
                 The most network calls (per window). With the scheduler's predictor `"event"`, as many as there are
                 tokens is exact, and more change nothing.
-            guidance_scale (`float`, *optional*, defaults to 1.0):
-                1 follows the condition as it was learnt, more exaggerates it, 0 forgets it.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from, instead of no text.
             audio (`torch.Tensor` or `np.ndarray` of shape `(samples,)` or `(batch_size, samples)`, *optional*):
                 Sound to keep, but for `mask` and what comes after its end.
@@ -562,8 +562,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            batch_size, prompt, negative_prompt, class_labels, guidance_scale, num_inference_steps, audio, tokens, mask,
-            audio_length_in_s, num_frames, overlap_in_s, loop, output_type, callback_on_step_end_tensor_inputs,
+            batch_size, prompt, negative_prompt, class_labels, guidance_scale, num_inference_steps, audio, tokens,
+            mask, audio_length_in_s, num_frames, overlap_in_s, loop, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._check_components()
         self._guidance_scale, self._num_timesteps = guidance_scale, 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
+    from .schedulers import ScoreEntropyScheduler as ScoreEntropyScheduler
     from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, __dir__, __all__ = attach(
@@ -36,6 +37,7 @@ __getattr__, __dir__, __all__ = attach(
         "PoissonFlowScheduler": "schedulers",
         "SEDDTokenPipeline": "pipelines",
         "SEDDTransformer1DModel": "models",
+        "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
         "TransformersCodec": "models",
         "load": "pipelines",
