@@ -417,17 +417,16 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             wanted = null if labels is None or not towards else labels
             rows = [null, wanted] if guided else [wanted]
             result["class_labels"] = torch.cat([row.expand(batch_size) for row in rows])
-        texts = [negative_prompt, prompt] if guided else [prompt if towards else negative_prompt]
-        if any(text is not None for text in texts):
-            # A text without words stands for none.
-            lists = [[text or ""] if isinstance(text, str) or text is None else text for text in texts]
-            states, words = self.encode_prompt([text for texts in lists for text in texts])
-            present = [[text is not None] * len(texts) for text, texts in zip(texts, lists, strict=True)]
-            words &= torch.tensor([flag for flags in present for flag in flags], device=words.device)[:, None]
-            counts = [len(texts) for texts in lists]
-            for name, value in (("encoder_hidden_states", states), ("encoder_attention_mask", words)):
-                parts = [part.expand(batch_size, *part.shape[1:]) for part in value.split(counts)]
-                result[name] = torch.cat(parts)
+        given = [negative_prompt, prompt] if guided else [prompt if towards else negative_prompt]
+        if any(texts is not None for texts in given):
+            texts = []
+            for part in given:
+                texts += [part] * batch_size if not isinstance(part, list) else part * (batch_size // len(part))
+            different = list(dict.fromkeys(texts))
+            states, words = self.encode_prompt([text or "" for text in different])
+            words &= torch.tensor([[text is not None] for text in different], device=words.device)
+            index = torch.tensor([different.index(text) for text in texts], device=words.device)
+            result |= dict(encoder_hidden_states=states[index], encoder_attention_mask=words[index])
         return result
 
     def _predict(self, tokens: torch.Tensor, timestep: torch.Tensor, conditions: dict) -> torch.Tensor:
@@ -447,9 +446,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         c = self.transformer.config
         if not self.in_sequence:
             return codes if c.num_codebooks > 1 else codes[:, 0]
-        codes = (
-            codes + self.audio_tokenizer.codebook_size * torch.arange(c.num_codebooks, device=codes.device)[:, None]
-        )
+        first_symbols = self.audio_tokenizer.codebook_size * torch.arange(c.num_codebooks, device=codes.device)
+        codes = codes + first_symbols[:, None]
         return (codes.transpose(1, 2) if c.layout == "flatten" else codes).flatten(1)
 
     def _to_codes(self, tokens: torch.Tensor) -> torch.Tensor:
