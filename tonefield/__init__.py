@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .models import TransformersCodec as TransformersCodec
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
+    from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
     from .schedulers import ScoreEntropyScheduler as ScoreEntropyScheduler
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = attach(
         "MelSpectrogram": "models",
         "MuLawTokenizer": "models",
         "PoissonFlowScheduler": "schedulers",
+        "SEDDTokenPipeline": "pipelines",
         "SEDDTransformer1DModel": "models",
         "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
