@@ -152,9 +152,9 @@ def make_scheduler(args, codec):
     given = {name: getattr(args, name) for name in ("eps", "sigma_min", "sigma_max")}
     try:
         return ScoreEntropyScheduler(
-            vocabulary_size(args.layout, codec.num_codebooks, codec.codebook_size),
-            args.graph_type,
-            args.noise_schedule,
+            vocab_size=vocabulary_size(args.layout, codec.num_codebooks, codec.codebook_size),
+            graph_type=args.graph_type,
+            noise_schedule=args.noise_schedule,
             parameterization=args.parameterization,
             sampling_eps=args.sampling_eps,
             **{name: value for name, value in given.items() if value is not None},
