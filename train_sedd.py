@@ -128,7 +128,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(max_validation_samples=None, learning_rate=3e-4, lr_warmup_steps=2500)
     args = parse(parser, argv)
 
-    check_arguments(parser, args)
+    check_arguments(parser, args, "audio_to_tokens.py")
     for name in ("label_dropout", "prompt_dropout", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} lies between 0 and 1, not at {getattr(args, name):g}")

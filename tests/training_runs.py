@@ -65,10 +65,8 @@ def start(output, dataset, *flags, launcher=()):
 def contents(checkpoint):
     """Everything that a checkpoint restores, as one flat dictionary of tensors and numbers."""
     found = {}
-    for name in ("unet", "unet_ema"):
-        weights = checkpoint / name / "diffusion_pytorch_model.safetensors"
-        if weights.exists():
-            found |= {f"{name}.{key}": value for key, value in load_file(weights).items()}
+    for weights in checkpoint.glob("*/diffusion_pytorch_model.safetensors"):
+        found |= {f"{weights.parent.name}.{key}": value for key, value in load_file(weights).items()}
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     for index, moments in optimizer["state"].items():
         found |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
