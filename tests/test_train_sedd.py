@@ -143,9 +143,10 @@ def test_a_padded_batch_is_the_sum_of_its_rows(request, network, case):
 
     together, loss = gradients(positions)
     apart = [gradients([position]) for position in positions]
-    torch.testing.assert_close(sum(each for each, _ in apart), together, rtol=1e-3, atol=1e-5)
+    largest = together.abs().max().item()
+    assert largest > 1e-3
+    torch.testing.assert_close(sum(each for each, _ in apart), together, rtol=0, atol=1e-5 * largest)
     assert sum(each for _, each in apart) == pytest.approx(loss, rel=1e-5)
-    assert together.abs().max() > 1e-3
 
     def scramble(batch):
         keep = batch["mask"] if batch["tokens"].ndim == 2 else batch["mask"][:, None]
@@ -181,24 +182,28 @@ def test_a_fresh_network_loses_ln_n_per_token(tokens, network):
     assert loss == pytest.approx(math.log(CODES) * np.mean(lengths) / data.mean_frames, rel=1e-6)
 
 
-@pytest.mark.parametrize("flags", [[], ["--seq_length=5", "--train_batch_size=3"], ["--seq_length=1"]])
-def test_validation_is_the_exact_bound_of_all_that_is_held_out(tokens, network, flags):
-    args, data, scheduler, model, _ = built(tokens, network, "--validation_steps=1", *flags, random=False)
-    weights = torch.rand(CODES, generator=torch.Generator().manual_seed(0)) + 0.1
-    unigram(model, weights)
+@pytest.mark.parametrize("flags", [[], ["--seq_length=5"], ["--seq_length=1"]])
+def test_validation_is_the_bound_of_all_that_is_held_out(tokens, network, flags):
+    """Of a network for which the bound is exact: of every split into masks for sequences of one token, and on average
+    over the masks for longer ones."""
+    flags = ["--validation_steps=1", "--train_batch_size=16", "--num_validation_draws=16", *flags]
+    args, data, scheduler, model, _ = built(tokens, network, *flags, random=False)
     reset_accelerate()
     condition = train_sedd.make_condition(args, data, None)
     validate = train_sedd.make_validation(args, make_accelerator(args), scheduler, data, condition)
-    found = validate(model)
+    assert validate(model)["validation_loss"] == pytest.approx(math.log(CODES), rel=1e-6)
+    weights = torch.rand(CODES, generator=torch.Generator().manual_seed(0)) + 0.3
+    found = validate(unigram(model, weights))
     held_out = np.concatenate(rows_of(tokens, "validation"), axis=1)[0]
     exact = -(weights / weights.sum()).log()[held_out].mean().item()
-    assert found["validation_loss"] == pytest.approx(exact, rel=1e-6)
-    assert found["validation_bits_per_token"] == pytest.approx(exact / math.log(2), rel=1e-6)
+    assert abs(exact - math.log(CODES)) > 0.03
+    exactness = 1e-6 if data.num_frames == 1 else 5e-3
+    assert found["validation_loss"] == pytest.approx(exact, rel=exactness)
+    assert found["validation_bits_per_token"] == pytest.approx(found["validation_loss"] / math.log(2), rel=1e-9)
     assert validate(model) == found
-    shares = [list(data.validation_batches(2, process, 2)) for process in (0, 1)]
-    assert sorted(p for share in shares for batch in share for p in batch["positions"]) == list(
-        range(len(data.windows))
-    )
+    windows = [[batch["tokens"][..., 0, :] for batch in data.validation_batches(1, process, 2)] for process in (0, 1)]
+    ordered = [windows[number % 2][number // 2] for number in range(len(data.windows))]
+    assert torch.cat(ordered, dim=1)[0].tolist() == held_out.tolist()
 
 
 # ----- what every flag does
@@ -216,20 +221,28 @@ def weights(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("flag", [
     "--seq_length=6", "--label_dropout=0.9", "--dropout=0.5", "--noise_schedule=cosine", "--eps=0.5",
-    "--noise_schedule=geometric", "--noise_schedule=linear --sigma_max=3", "--noise_schedule=linear --sigma_min=0.1",
-    "--parameterization=score", "--time_conditioning", "--t_sampling=uniform", "--t_sampling=importance",
-    "--t_sampling=mask_count", "--sampling_eps=0.5", "--streaming",
+    "--noise_schedule=geometric", "--noise_schedule=linear", "--parameterization=score", "--time_conditioning",
+    "--t_sampling=uniform", "--t_sampling=importance", "--t_sampling=mask_count", "--sampling_eps=0.5",
+    "--no-class_conditional",
 ])  # fmt: skip
-def test_every_training_flag_changes_the_weights(usual, tokens, network, tmp_path, flag):
-    args = [f"--model_config={network}", "--max_train_steps=2", *flag.split()]
-    reset_accelerate()
-    args = train_sedd.parse_args(flags_of(tmp_path, tokens, *args))
-    args.checkpointing_steps = 2
-    train_sedd.main(args)
-    ours, theirs = weights(usual / "checkpoint-2"), weights(tmp_path / "checkpoint-2")
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() > 1e-6
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)  # and nothing breaks
+def test_every_flag_changes_the_loss(tokens, network, flag):
+    def loss(*flags):
+        _, data, _, model, compute_loss = built(tokens, network, *flags)
+        torch.manual_seed(0)
+        return compute_loss(model, *batch_of(data, list(range(8)))).item()
+
+    assert loss() == loss()
+    assert abs(loss() - loss(flag)) > 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["geometric", "linear"])
+@pytest.mark.parametrize("flag", ["--sigma_min=0.1", "--sigma_max=3"])
+def test_flags_of_the_noise(tokens, network, schedule, flag):
+    usual, other = (
+        built(tokens, network, f"--noise_schedule={schedule}", *flags)[2].sigma(torch.tensor([0.5]))
+        for flags in ([], [flag])
+    )
+    assert usual != other
 
 
 def test_flags_of_the_network(tokens, pairs, network, tmp_path):
@@ -253,8 +266,8 @@ def test_flags_of_the_network(tokens, pairs, network, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--graph_type=uniform", "--noise_schedule=geometric"], ["--layout=flatten"], ["--layout=codebook_major"],
-    ["--gradient_checkpointing", "--mixed_precision=bf16", "--no-use_ema"],
+    ["--graph_type=uniform", "--noise_schedule=geometric", "--num_validation_draws=64"],
+    ["--layout=flatten", "--streaming"], ["--gradient_checkpointing", "--mixed_precision=bf16", "--no-use_ema"],
 ])  # fmt: skip
 def test_it_goes_through(pairs, network, tmp_path, flags):
     train(tmp_path, pairs, network, "--max_train_steps=2", "--validation_steps=2", *flags)
@@ -384,8 +397,8 @@ def test_text(network, text_encoder, tmp_path):
     lines = [f"{name},{'' if '15' in name else 'very low' if name[0] == 'a' else 'high'}" for name in names]
     (sounds / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
     data = tokenize(sounds, make_codec(tmp_path / "codec"), tmp_path / "data", "--validation_fraction=0.2")
-    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=60", "--learning_rate=0.01",
-             "--train_batch_size=16", "--gradient_accumulation_steps=1", "--validation_steps=60"]  # fmt: skip
+    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=40", "--learning_rate=0.02",
+             "--train_batch_size=8", "--gradient_accumulation_steps=1", "--prompt_dropout=0.3"]  # fmt: skip
     folder = train(tmp_path / "out", data, network, *flags)
     frozen = load_file(text_encoder / "model.safetensors")
     saved = load_file(folder / "text_encoder" / "model.safetensors")
@@ -398,9 +411,18 @@ def test_text(network, text_encoder, tmp_path):
     without = np.asarray(pipe(batch_size=40, num_frames=6, num_inference_steps=6).tokens)
     assert 0.1 < (without == 3).mean() < 0.9  # what it was told nothing of can be either
 
-    other = train(tmp_path / "dropped", data, network, *flags, "--max_train_steps=2", "--prompt_dropout=0.9")
-    same = train(tmp_path / "told", data, network, *flags, "--max_train_steps=2", "--prompt_dropout=0")
-    assert (weights(other) - weights(same)).abs().max() > 1e-6
+    args = parsed(data, network, *flags)
+    tokenizer, encoder = train_sedd.open_text_encoder(args)
+    rows = open_tokens(args, "parallel", train_sedd.Words(tokenizer))
+    batch, generators = batch_of(rows, list(range(20)))
+    told = {
+        dropout: train_sedd.make_condition(args.__class__(**vars(args) | {"prompt_dropout": dropout}), rows, encoder)(
+            batch, make_generators(0, "noise", list(range(20))), True
+        )["encoder_attention_mask"].any(1)
+        for dropout in (0, 0.5)
+    }
+    assert torch.equal(told[0], batch["word_mask"].any(1)) and not told[0].all()  # one row has no caption
+    assert 4 < (told[0] & ~told[0.5]).sum() < 16
     with pytest.raises(UserError, match="has no column 'story'; it has"):
         train(tmp_path / "refused", data, network, *flags, "--caption_column=story")
     with pytest.raises(UserError, match=r"^--text_encoder .*nowhere cannot be loaded"):
@@ -562,7 +584,7 @@ def test_bad_networks_and_runs(tokens, pairs, usual, network, tmp_path):
     refused("network .* they must be equal", tokens, TINY.replace("32", "64"), resume)
     refused("scheduler .* they must be equal", tokens, TINY, resume, "--noise_schedule=cosine")
     refused("t sampling stratified, this run has uniform", tokens, TINY, resume, "--t_sampling=uniform")
-    refused(r"classes .'high', 'low'., this run has .., ", tokens, TINY, resume, "--no-class_conditional")
+    refused(r"classes .'high', 'low'., this run has ..: ", tokens, TINY, resume, "--no-class_conditional")
     assert list((tmp_path / "out").glob("*")) == []
 
 
