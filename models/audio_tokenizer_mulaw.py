@@ -134,7 +134,7 @@ class MuLawTokenizer(ModelMixin, ConfigMixin):
             lengths (*optional*): The samples of each row; what comes after them is taken for silence.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. Silence completes the last frame.
+            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. The last one ends in silence.
         """
         waveform, _ = prepare_waveform(waveform, sampling_rate, self.sampling_rate, lengths)
         missing = -waveform.shape[1] % self.hop_length

@@ -15,14 +15,14 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 
-# Codecs by name. Frames overlap fourfold. 1.7 M parameters and 1 kbit/s; 4.2 M parameters and 0.9 kbit/s.
+# Codecs by name. Frames overlap fourfold. 1.6 M parameters and 1 kbit/s; 4.4 M and 0.9 kbit/s.
 PRESETS = {
     "digits-8k": dict(
         sampling_rate=8000,
         hop_length=80,
         n_fft=320,
         levels=(8, 5, 5, 5),
-        width=192,
+        width=160,
         encoder_layers=3,
         decoder_layers=6,
     ),
@@ -85,13 +85,15 @@ def istft(spectra: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     window = unit_window(n_fft, spectra.device)
     count, margin = spectra.shape[1], (n_fft - hop) // 2
 
-    def overlap_add(frames):
-        columns = frames.transpose(1, 2)
-        return nn.functional.fold(columns, (1, (count - 1) * hop + n_fft), (1, n_fft), stride=(1, hop))[:, 0, 0]
+    def overlap_add(frames):  # the frames are cut in pieces of one hop: piece j of frame i belongs to hop i + j
+        pieces = nn.functional.pad(frames, (0, -n_fft % hop)).unflatten(-1, (-1, hop))
+        last = pieces.shape[2] - 1
+        padded = [nn.functional.pad(pieces[:, :, j], (0, 0, j, last - j)) for j in range(last + 1)]
+        return sum(padded).flatten(1)
 
-    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window)
-    envelope = overlap_add(window.square().expand(1, count, -1))
-    return (signal / envelope)[:, margin : margin + count * hop]
+    inside = slice(margin, margin + count * hop)  # further out the windows sum to nothing
+    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window)[:, inside]
+    return signal / overlap_add(window.square().expand(1, count, -1))[:, inside]
 
 
 def prepare_waveform(
@@ -156,7 +158,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, expansion: int, kernel_size: int, scale: float):
         super().__init__()
-        self.mix = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        # Two dimensions of which one is 1: a transposed sequence has its channels last, which spares copies.
+        self.mix = nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width)
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, expansion * width)
         self.narrow = nn.Linear(expansion * width, width)
@@ -164,7 +167,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Frames (batch, frames, width); where `mask` (batch, frames, 1) is 0 neighbours see the end of the sound."""
-        mixed = self.mix((x if mask is None else x * mask).transpose(1, 2)).transpose(1, 2)
+        mixed = self.mix((x if mask is None else x * mask).transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
         return x + self.scale * self.narrow(nn.functional.gelu(self.widen(self.norm(mixed))))
 
 
@@ -310,7 +313,7 @@ class FSQCodec(ModelMixin, ConfigMixin):
             lengths (*optional*): The samples of each row. What comes after them changes no code of the row.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. Silence completes the last frame.
+            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. The last one ends in silence.
         """
         waveform, lengths = prepare_waveform(waveform, sampling_rate, self.sampling_rate, lengths)
         missing = self.num_frames(waveform.shape[1]) * self.hop_length - waveform.shape[1]

@@ -73,11 +73,12 @@ def cross_fade(pieces: list[torch.Tensor], overlap: int) -> torch.Tensor:
 
 class TransformersCodec(ModelMixin, ConfigMixin):
     r"""
-    EnCodec, DAC or Mimi of transformers as an audio tokenizer: mono sound to codes (batch, codebooks, frames) and back.
+    EnCodec, DAC or Mimi of transformers as an audio tokenizer: mono sound to codes (batch, codebooks, frames), and
+    back.
 
-    Every sound is first completed to whole frames with silence, and sounds of different numbers of frames are encoded
-    apart: the codes of a sound do not depend on what else is in the batch. [`~TransformersCodec.from_transformers`]
-    loads a codec by its name on the Hub, `save_pretrained` and `from_pretrained` keep it as part of a pipeline.
+    Silence completes a sound to whole frames, and sounds of different numbers of frames are encoded apart: the codes
+    of a sound do not depend on what else is in the batch. `from_transformers` loads a codec by its name on the Hub,
+    `save_pretrained` and `from_pretrained` keep it as part of a pipeline.
 
     Args:
         codec_config (`dict`): The configuration of the model in transformers, with its `model_type`.
