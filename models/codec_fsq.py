@@ -229,6 +229,7 @@ class FSQCodec(ModelMixin, ConfigMixin):
             Block(width, expansion, kernel_size, 1 / decoder_layers) for _ in range(decoder_layers)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * bins))
+        nn.init.normal_(self.to_latents[1].weight, std=width**-0.5)  # unit variance, which uses all codes
         nn.init.constant_(self.head[1].bias[:bins], -4.0)  # begin quietly
 
     @classmethod
