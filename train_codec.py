@@ -113,12 +113,12 @@ def make_codec(args):
 
 
 def make_mel(sampling_rate: int):
-    """What the mel distance is taken of: 64 bands, windows of about 64 ms, a range of 80 dB."""
+    """What the mel distance is taken of: 64 bands (fewer at very low rates), windows of about 64 ms, a range of 80 dB."""
     from tonefield.models import MelSpectrogram
     from tonefield.training.spectral import window_sizes
 
     n_fft = window_sizes(sampling_rate)[2]
-    return MelSpectrogram(sampling_rate, n_fft, n_fft // 4, 64)
+    return MelSpectrogram(sampling_rate, n_fft, n_fft // 4, min(64, sampling_rate // 60))
 
 
 def measure(codec, recordings, mel) -> tuple[dict[str, float], list[tuple]]:
