@@ -181,7 +181,7 @@ def check_arguments(
     """Refuses values without a meaning, and applies `--test`."""
     if args.test:
         shrink(args)
-    if not args.dataset_name:
+    if not (args.dataset_name or getattr(args, "input_dir", None)):
         parser.error(f"--dataset_name is needed: a folder made by {maker}, or a Hub id")
     least = dict.fromkeys(
         ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
