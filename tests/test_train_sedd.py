@@ -588,11 +588,7 @@ def test_bad_networks_and_runs(tokens, pairs, usual, network, tmp_path):
     assert list((tmp_path / "out").glob("*")) == []
 
 
-def test_recipes_name_the_script_that_reads_them():
-    import importlib
-    import re
-
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
-        name = re.search(r"train_\w+(?=\.py)", recipe.read_text())
-        script = importlib.import_module(f"tonefield.{name[0] if name else 'train_unet'}")
-        assert script.parse_args([f"--config={recipe}", "--dataset_name=x"]).max_train_steps > 1, recipe
+@pytest.mark.parametrize("recipe", ["fsdd-tokens-cpu", "sedd-music"])
+def test_recipes_are_read(recipe):
+    args = train_sedd.parse_args([f"--config={ROOT / 'recipes' / recipe}.yaml", "--dataset_name=x"])
+    assert args.max_train_steps > 1 and args.seq_length > 1
