@@ -213,9 +213,9 @@ class Words:
     def __call__(self, captions: list) -> dict:
         import torch
 
-        texts = ["" if caption is None else str(caption) for caption in captions]
+        texts = [str(caption or "") for caption in captions]
         words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        there = torch.tensor([caption is not None for caption in captions])
+        there = torch.tensor([bool(text) for text in texts])
         return {"word_ids": words["input_ids"], "word_mask": words["attention_mask"].bool() & there[:, None]}
 
 

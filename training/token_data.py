@@ -108,7 +108,7 @@ class TokenData:
         """Texts of what is held out, if the network is told any."""
         if self.read.caption_column is None or self.validation is None:
             return None
-        texts = [str(text) for text in self.validation[self.read.caption_column] if text is not None]
+        texts = [str(text) for text in self.validation[self.read.caption_column] if text]
         return [texts[index % len(texts)] for index in range(count)] if texts else None
 
     def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
