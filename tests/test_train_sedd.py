@@ -358,9 +358,8 @@ def test_the_last_code_survives_the_whole_way(network, tmp_path):
     )
     pipe = tonefield.load(str(train(tmp_path / "out", data, network, *flags)))
     pipe.set_progress_bar_config(disable=True)
-    made = pipe(
-        batch_size=50, class_labels="last", num_frames=8, num_inference_steps=8, generator=torch.manual_seed(0)
-    )
+    length = dict(batch_size=50, num_frames=8, num_inference_steps=8, generator=torch.manual_seed(0))
+    made = pipe(class_labels="last", **length)
     assert (np.asarray(made.tokens) == CODES - 1).mean() > 0.9
     level = MuLawTokenizer(mu=CODES - 1).levels[-1].item()
     assert (made.audios == level).mean() > 0.9
@@ -397,8 +396,8 @@ def test_text(network, text_encoder, tmp_path):
     lines = [f"{name},{'' if '15' in name else 'very low' if name[0] == 'a' else 'high'}" for name in names]
     (sounds / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
     data = tokenize(sounds, make_codec(tmp_path / "codec"), tmp_path / "data", "--validation_fraction=0.2")
-    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=40", "--learning_rate=0.02",
-             "--train_batch_size=8", "--gradient_accumulation_steps=1", "--prompt_dropout=0.3"]  # fmt: skip
+    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=40",
+             "--learning_rate=0.02", "--train_batch_size=8", "--gradient_accumulation_steps=1", "--prompt_dropout=0.3"]  # fmt: skip
     folder = train(tmp_path / "out", data, network, *flags)
     frozen = load_file(text_encoder / "model.safetensors")
     saved = load_file(folder / "text_encoder" / "model.safetensors")
