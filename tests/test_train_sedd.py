@@ -397,7 +397,8 @@ def test_text(network, text_encoder, tmp_path):
     (sounds / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
     data = tokenize(sounds, make_codec(tmp_path / "codec"), tmp_path / "data", "--validation_fraction=0.2")
     flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=40",
-             "--learning_rate=0.02", "--train_batch_size=8", "--gradient_accumulation_steps=1", "--prompt_dropout=0.3"]  # fmt: skip
+             "--learning_rate=0.02", "--train_batch_size=8", "--gradient_accumulation_steps=1",
+             "--prompt_dropout=0.3"]  # fmt: skip
     folder = train(tmp_path / "out", data, network, *flags)
     frozen = load_file(text_encoder / "model.safetensors")
     saved = load_file(folder / "text_encoder" / "model.safetensors")
