@@ -396,9 +396,8 @@ def test_text(network, text_encoder, tmp_path):
     lines = [f"{name},{'' if '15' in name else 'very low' if name[0] == 'a' else 'high'}" for name in names]
     (sounds / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
     data = tokenize(sounds, make_codec(tmp_path / "codec"), tmp_path / "data", "--validation_fraction=0.2")
-    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=40",
-             "--learning_rate=0.02", "--train_batch_size=8", "--gradient_accumulation_steps=1",
-             "--prompt_dropout=0.3"]  # fmt: skip
+    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=60",
+             "--learning_rate=0.01", "--train_batch_size=16", "--gradient_accumulation_steps=1"]  # fmt: skip
     folder = train(tmp_path / "out", data, network, *flags)
     frozen = load_file(text_encoder / "model.safetensors")
     saved = load_file(folder / "text_encoder" / "model.safetensors")
@@ -408,8 +407,6 @@ def test_text(network, text_encoder, tmp_path):
     made = pipe(prompt=["very low", "high"] * 8, num_frames=6, num_inference_steps=6, generator=torch.manual_seed(0))
     codes = np.asarray(made.tokens)[:, 0]
     assert (codes[::2] == 3).mean() > 0.9 and (codes[1::2] == 12).mean() > 0.9
-    without = np.asarray(pipe(batch_size=40, num_frames=6, num_inference_steps=6).tokens)
-    assert 0.1 < (without == 3).mean() < 0.9  # what it was told nothing of can be either
 
     args = parsed(data, network, *flags)
     tokenizer, encoder = train_sedd.open_text_encoder(args)
