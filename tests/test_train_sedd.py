@@ -389,26 +389,20 @@ def text_encoder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_text(network, text_encoder, tmp_path):
-    codes = {"a": np.full((16, 6), 3), "b": np.full((16, 6), 12)}
-    sounds = write_sounds(tmp_path / "sounds", codes)
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory) -> Path:
+    """Two sounds, each with its text, and two recordings without any."""
+    folder = tmp_path_factory.mktemp("captioned")
+    sounds = write_sounds(folder / "sounds", {"a": np.full((16, 6), 3), "b": np.full((16, 6), 12)})
     names = [f"{kind}/{index:04d}.wav" for kind in "ab" for index in range(16)]
     lines = [f"{name},{'' if '15' in name else 'very low' if name[0] == 'a' else 'high'}" for name in names]
     (sounds / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
-    data = tokenize(sounds, make_codec(tmp_path / "codec"), tmp_path / "data", "--validation_fraction=0.2")
-    flags = [f"--text_encoder={text_encoder}", "--no-class_conditional", "--max_train_steps=60",
-             "--learning_rate=0.01", "--train_batch_size=16", "--gradient_accumulation_steps=1"]  # fmt: skip
-    folder = train(tmp_path / "out", data, network, *flags)
-    frozen = load_file(text_encoder / "model.safetensors")
-    saved = load_file(folder / "text_encoder" / "model.safetensors")
-    assert all(torch.equal(value, saved[name]) for name, value in frozen.items())
-    pipe = tonefield.load(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    made = pipe(prompt=["very low", "high"] * 8, num_frames=6, num_inference_steps=6, generator=torch.manual_seed(0))
-    codes = np.asarray(made.tokens)[:, 0]
-    assert (codes[::2] == 3).mean() > 0.9 and (codes[1::2] == 12).mean() > 0.9
+    return tokenize(sounds, make_codec(folder / "codec"), folder / "data", "--validation_fraction=0.2")
 
-    args = parsed(data, network, *flags)
+
+def test_texts_are_read_and_withheld(captioned, network, text_encoder, tmp_path):
+    flags = (f"--text_encoder={text_encoder}", "--no-class_conditional")
+    args = parsed(captioned, network, *flags)
     tokenizer, encoder = train_sedd.open_text_encoder(args)
     rows, positions = open_tokens(args, "parallel", train_sedd.Words(tokenizer)), list(range(26))
     batch, _ = batch_of(rows, positions)
@@ -417,13 +411,38 @@ def test_text(network, text_encoder, tmp_path):
         generators = make_generators(0, "noise", positions)
         condition = train_sedd.make_condition(args, rows, encoder)(batch, generators, True)
         told.append(condition["encoder_attention_mask"].any(dim=1))
-    captioned = [bool(rows.train.rows[rows.train.row_of(position)]["caption"]) for position in positions]
-    assert told[0].tolist() == captioned and not all(captioned)
+    texts = [rows.train.rows[rows.train.row_of(position)]["caption"] for position in positions]
+    assert told[0].tolist() == [bool(text) for text in texts] and not told[0].all()
     assert 4 < (told[0] & ~told[1]).sum() < 22 and not (told[1] & ~told[0]).any()
+    states = condition["encoder_hidden_states"]
+    alone = tokenizer("very low", return_tensors="pt")
+    expected = encoder(alone.input_ids).last_hidden_state[0]
+    torch.testing.assert_close(states[texts.index("very low"), : len(expected)], expected, rtol=0, atol=1e-6)
+
+    folder = train(tmp_path / "out", captioned, network, *flags, "--max_train_steps=2", "--validation_steps=2")
+    saved = load_file(folder / "text_encoder" / "model.safetensors")
+    assert all(
+        torch.equal(value, saved[name]) for name, value in load_file(text_encoder / "model.safetensors").items()
+    )
+    pipe = tonefield.load(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(prompt="high", num_frames=6, num_inference_steps=2).audios.shape == (1, 6)
     with pytest.raises(UserError, match="has no column 'story'; it has"):
-        train(tmp_path / "refused", data, network, *flags, "--caption_column=story")
+        train(tmp_path / "refused", captioned, network, *flags, "--caption_column=story")
     with pytest.raises(UserError, match=r"^--text_encoder .*nowhere cannot be loaded"):
-        train(tmp_path / "refused", data, network, f"--text_encoder={tmp_path / 'nowhere'}")
+        train(tmp_path / "refused", captioned, network, f"--text_encoder={tmp_path / 'nowhere'}")
+
+
+@pytest.mark.slow
+def test_texts_are_learned(captioned, network, text_encoder, tmp_path):
+    flags = ("--no-class_conditional", "--max_train_steps=60", "--learning_rate=0.01", "--train_batch_size=16")
+    folder = train(tmp_path, captioned, network, f"--text_encoder={text_encoder}", *flags,
+                   "--gradient_accumulation_steps=1")  # fmt: skip
+    pipe = tonefield.load(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(prompt=["very low", "high"] * 8, num_frames=6, num_inference_steps=6, generator=torch.manual_seed(0))
+    codes = np.asarray(made.tokens)[:, 0]
+    assert (codes[::2] == 3).mean() > 0.9 and (codes[1::2] == 12).mean() > 0.9
 
 
 # ----- what is learned
