@@ -120,9 +120,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--field_batch_size has no meaning with --objective {args.objective}")
     if args.objective == "field" and args.aug_dim == math.inf:
         parser.error("--objective field needs a finite --aug_dim")
+    if args.mixed_precision == "fp16" and args.objective in POISSON and noise_dimensions(args) < 2:
+        # |noise| exceeds 10^4 once in 10^4 samples at D = 1, once in 10^8 at D = 2; a float16 ends at 65504.
+        parser.error("--mixed_precision fp16 cannot hold the noise of less than 2 augmented dimensions: use bf16")
     if args.objective in WITH_CHARGES and args.field_batch_size is not None and args.streaming:
         parser.error("--field_batch_size wants rows by number, which --streaming does not have")
     return args
+
+
+def noise_dimensions(args) -> float:
+    """D, which may be infinite."""
+    return args.aug_dim or (1 if args.objective == "field" else 128)
 
 
 def make_unet(args, data):
@@ -202,7 +210,7 @@ def make_scheduler(args, data):
             return DDPMScheduler(prediction_type=args.objective, clip_sample=False)
         if args.objective not in POISSON:
             return ScoreSDEScheduler(args.objective, **sigmas)
-        aug_dim = args.aug_dim or (1 if args.objective == "field" else 128)
+        aug_dim = noise_dimensions(args)
         settings = {"aug_dim": None if aug_dim == math.inf else aug_dim, "sigma_data": data.sigma_data}
         if args.objective == "field":
             size = math.prod(data.sample_shape)
@@ -276,13 +284,14 @@ def make_loss(args, scheduler, data, accelerator):
     return compute_loss
 
 
-def make_pipeline(args, accelerator, unet, scheduler, data):
+def make_pipeline(args, accelerator, unet, scheduler, data, steps: int):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import MelPFGMPipeline
     from tonefield.training.publishing import training_facts
 
     defaults = parse_args(["--dataset_name=none"])
-    card = training_facts("train_unet.py", args, defaults, accelerator) | {"objective": args.objective}
+    card = training_facts("train_unet.py", args, defaults, accelerator)
+    card |= {"objective": args.objective, "num_inference_steps": steps}
     label2id = {name: label for label, name in enumerate(data.class_names)} or None
     return MelPFGMPipeline(unet, scheduler, data.mel, card=card, label2id=label2id)
 
@@ -318,7 +327,7 @@ def main(args: argparse.Namespace) -> None:
     loss = make_loss(args, scheduler, data, accelerator)
     trained = train(args, accelerator, unet, data, loss, generate, fixed)
     if trained is not None and accelerator.is_main_process:
-        pipeline = make_pipeline(args, accelerator, trained, scheduler, data)
+        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, steps)
         pipeline.save_pretrained(folder)
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))

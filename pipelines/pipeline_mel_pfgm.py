@@ -3,6 +3,7 @@
 # pyright: reportAssignmentType=false
 """Sound from Poisson flow and diffusion on mel spectrograms, and pictures from the same models without a mel."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         vocoder ([`MMAudioVocoder`], *optional*):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
-            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+            What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`]. Its
+            example takes `num_inference_steps` from here.
         label2id (`dict[str, int]`, *optional*):
             The names of the classes and their labels, so that sounds can be asked for by name.
     """
@@ -176,13 +178,16 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
-        label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
-        label = label.replace("{", "{{").replace("}", "}}")
+        options = [f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1]]
+        if steps := (self.config.card or {}).get("num_inference_steps"):
+            options.append(f"num_inference_steps={steps}")
         if self.mel is None:
-            options = ", ".join([label] * bool(label) + ['output_type="pil"'])
+            options.append('output_type="pil"')
+        options = ", ".join(options).replace("{", "{{").replace("}", "}}")
+        if self.mel is None:
             return f'import {{library}}\n\n\npipe = {{load}}\npipe({options}).images[0].save("picture.png")'
         return (
-            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({label})\n"
+            f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = pipe({options})\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
         )
 
@@ -337,18 +342,20 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         without, towards = denoised.chunk(2)
         return guided_field(latents, without + self.guidance_scale * (towards - without), sigma, config)
 
-    def _denoiser(self, labels: torch.Tensor | None, bar) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Dn(x, sigma) for `scheduler.integrate`."""
-        if not hasattr(self.scheduler, "precondition_noise") or not hasattr(self.scheduler, "integrate"):
-            raise ValueError(f"{type(self.scheduler).__name__} cannot run backwards: use a PoissonFlowScheduler.")
+    def _integrate(self, sample: torch.Tensor, labels: torch.Tensor | None, upwards: bool, **options):
+        """All the way from samples to noise, or from noise to samples."""
+        if not hasattr(self.scheduler, "integrate_network"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot run backwards: only a network that was trained for a"
+                " PoissonFlowScheduler or a ScoreSDEScheduler can."
+            )
+        with self.progress_bar(total=float("inf")) as bar:
 
-        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            timestep = self.scheduler.precondition_noise(sigma)
-            output = self._network(self.scheduler.scale_model_input(x, timestep), timestep, labels)
-            bar.update()
-            return self.scheduler.precondition_outputs(x, output, sigma)
+            def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                bar.update()
+                return self._network(x, timestep, labels)
 
-        return denoise
+            return self.scheduler.integrate_network(network, sample, upwards, **options)
 
     # ----- what goes out
 
@@ -523,6 +530,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
         if new_frames is not None:
             new_frames = new_frames.to(device)[:, None, None]
+        # Solvers of diffusers that add no noise take no generator.
+        random = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"return_dict": False} | ({"generator": generator} if random else {})
 
         with circular_in_time(self.unet) if loop else nullcontext(), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
@@ -531,7 +541,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                     known = self.scheduler.add_noise(source.mel.expand_as(noise), noise, t.expand(batch_size))
                     latents = torch.where(new_frames, latents, known)
                 output = self._predict(latents, t, labels)
-                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+                latents = self.scheduler.step(output, t, latents, **options)[0]
                 if callback_on_step_end is not None:
                     shown = {}
                     for name in callback_on_step_end_tensor_inputs:
@@ -552,7 +562,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self, audio: Sounds, class_labels: Labels = None, rtol: float = 1e-5, atol: float = 1e-5
     ) -> torch.Tensor:
         r"""
-        The noise from which the model makes a sound: the sampling equation, solved upwards.
+        The noise from which the model makes a sound: the sampling equation, solved upwards. (A [`ScoreSDEScheduler`]
+        makes the sound of it again with a `solver_type` other than `"pc"`, which adds noise of its own.)
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
@@ -564,10 +575,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         """
         mels = self._read_audio(audio).mel
         labels = self._all_labels(self._read_labels(class_labels), len(mels))
-        c = self.scheduler.config
-        with self.progress_bar(total=float("inf")) as bar:
-            denoise = self._denoiser(labels, bar)
-            latents = self.scheduler.integrate(denoise, mels, c.sigma_min, c.sigma_max, rtol, atol)
+        latents = self._integrate(mels, labels, upwards=True, rtol=rtol, atol=atol)
         self.maybe_free_model_hooks()
         return latents
 
@@ -602,13 +610,10 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"n is {n}, and there are {len(ends[0])} and {len(ends[1])} sounds: use n >= 2, one each."
             )
-        c = self.scheduler.config
         labels = self._read_labels(class_labels)
         latents = self.invert(torch.cat(ends), class_labels, rtol, atol)
         path = interpolate_latents(latents[:1], latents[1:], torch.linspace(0, 1, n, dtype=torch.float64))
-        with self.progress_bar(total=float("inf")) as bar:
-            denoise = self._denoiser(self._all_labels(labels, n), bar)
-            mels = self.scheduler.integrate(denoise, path, c.sigma_max, 0, rtol, atol)
+        mels = self._integrate(path, self._all_labels(labels, n), upwards=False, rtol=rtol, atol=atol)
         result = self._output(mels, generator, output_type)
         self.maybe_free_model_hooks()
         return result
@@ -623,8 +628,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         atol: float = 1e-5,
     ) -> MelPFGMLikelihoodOutput:
         r"""
-        How likely the model holds sounds to be: the density of their mels (as the model sees them, with noise of
-        `sigma_min`), by the change of density along the sampling equation.
+        How likely the model holds sounds to be: the density of their mels (as the model sees them, with noise of the
+        smallest level), by the change of density along the sampling equation.
 
         Args:
             audio (`torch.Tensor` or `np.ndarray`): Sounds (or mels, or pictures), as in `__call__`.
@@ -639,12 +644,10 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         """
         mels = self._read_audio(audio).mel
         labels = self._all_labels(self._read_labels(class_labels), len(mels))
-        c = self.scheduler.config
-        with self.progress_bar(total=float("inf")) as bar:
-            _, nats = self.scheduler.integrate(
-                self._denoiser(labels, bar), mels, c.sigma_min, c.sigma_max, rtol, atol,
-                log_likelihood=True, divergence=divergence, generator=generator,
-            )  # fmt: skip
+        _, nats = self._integrate(
+            mels, labels, upwards=True, rtol=rtol, atol=atol, log_likelihood=True, divergence=divergence,
+            generator=generator,
+        )  # fmt: skip
         self.maybe_free_model_hooks()
         bits = -nats / (mels[0].numel() * np.log(2))
         return MelPFGMLikelihoodOutput(log_likelihood=nats, bits_per_dimension=bits)

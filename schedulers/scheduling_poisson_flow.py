@@ -693,3 +693,28 @@ class PoissonFlowScheduler(SchedulerMixin, ConfigMixin):
         upwards = sigma_end > sigma_start
         prior = student_t_log_density(arrived if upwards else rows, max(sigma_start, sigma_end), self.config.aug_dim)
         return arrived.reshape(shape).to(sample.dtype), prior + growth if upwards else prior - growth
+
+    def integrate_network(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        sample: torch.Tensor,
+        upwards: bool,
+        **options,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        [`~PoissonFlowScheduler.integrate`] over all noise levels, for what is a network to any scheduler.
+
+        Args:
+            network (`Callable`): Maps its input and its timesteps, of shape `(batch_size,)`, to its output.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples, or noise at `sigma_max`.
+            upwards (`bool`): Whether to go from samples to noise, or from noise to samples.
+            options: What `integrate` takes besides: tolerances, `log_likelihood`, ...
+        """
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            timestep = self.precondition_noise(sigma)
+            return self.precondition_outputs(x, network(self.scale_model_input(x, timestep), timestep), sigma)
+
+        c = self.config
+        span = (c.sigma_min, c.sigma_max) if upwards else (c.sigma_max, 0)
+        return self.integrate(denoise, sample, *span, **options)

@@ -156,6 +156,11 @@ def probability_flow(x: torch.Tensor, score: torch.Tensor, drift: Coefficient, d
     return drift * x - diffusion**2 * score / 2
 
 
+def posterior_mean(x: torch.Tensor, score: torch.Tensor, mean: Coefficient, std: Coefficient) -> torch.Tensor:
+    """The denoised sample E[x(0) | x(t)] = (x + std^2 score) / mean (Tweedie's formula)."""
+    return (x + std**2 * score) / mean
+
+
 # Copied from tonefield.schedulers.scheduling_poisson_flow.per_row
 def per_row(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """One number per row (or for all rows), shaped to multiply `like`."""
@@ -516,9 +521,8 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
         self, x: torch.Tensor, score: torch.Tensor, time: torch.Tensor, interval: int, stage: int
     ) -> torch.Tensor:
         """One stage of the step from `times[interval]`; `_memory` holds samples and slopes of its earlier stages."""
-        if interval == len(self.times) - 1:  # denoise: E[x(0) | x(t)] = (x + std^2 score) / mean
-            mean, std = (float(value) for value in self.equation.marginal(time))
-            return (x + std**2 * score) / mean
+        if interval == len(self.times) - 1:
+            return posterior_mean(x, score, *(float(value) for value in self.equation.marginal(time)))
         if stage > 0 and len(self._memory) != stage:
             raise ValueError(f"the run began inside a step: set a begin index that is a multiple of {self.order}.")
         slope = probability_flow(x, score, *(float(value) for value in self.equation.coefficients(time)))
@@ -578,3 +582,33 @@ class ScoreSDEScheduler(SchedulerMixin, ConfigMixin):
         upwards = time_end > time_start
         prior = self.log_prior(arrived if upwards else rows)
         return arrived.reshape(shape).to(sample.dtype), prior + growth if upwards else prior - growth
+
+    def integrate_network(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        sample: torch.Tensor,
+        upwards: bool,
+        **options,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        [`~ScoreSDEScheduler.integrate`] over all times, for what is a network to any scheduler.
+
+        Args:
+            network (`Callable`): Maps a sample and its timesteps, of shape `(batch_size,)`, to its output.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples, or noise at t = 1.
+            upwards (`bool`): Whether to go from samples to noise, or from noise to samples.
+            options: What `integrate` takes besides: tolerances, `log_likelihood`, ...
+        """
+
+        def score(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            output = network(x, self.timestep_of(time))
+            if self.config.prediction_type == "epsilon":
+                return -output / per_row(self.equation.marginal(time)[1], output)
+            return output
+
+        end = self.config.sampling_eps
+        result = self.integrate(score, sample, *((end, 1.0) if upwards else (1.0, end)), **options)
+        if upwards or isinstance(result, tuple):
+            return result
+        time = result.new_full((len(result),), end)
+        return posterior_mean(result, score(result, time), *(per_row(v, result) for v in self.equation.marginal(time)))

@@ -30,3 +30,22 @@ def digit_files(tmp_path_factory) -> list[Path]:
         )
         soundfile.write(folder / f"{index}.wav", 0.3 * voice / np.abs(voice).max(), 8000)
     return sorted(folder.glob("*.wav"))
+
+
+# For all tests of training. Its imports are heavy, and most tests do without.
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory) -> Path:
+    """A folder of sounds in two classes."""
+    from training_runs import make_sounds
+
+    return make_sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(scope="session")
+def mels(sounds, tmp_path_factory) -> Path:
+    """A dataset of their mels, 16 x 16."""
+    from training_runs import make_dataset
+
+    return make_dataset(sounds, tmp_path_factory.mktemp("mels") / "data")

@@ -60,6 +60,55 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         return UNet2DOutput(self.config.spread**2 / (self.config.spread**2 + sigma**2) * sample)
 
 
+class ExactNoise(ExactDenoiser):
+    """
+    The same for noise that is added to shrunken data, mean(t) y + std(t) noise, as in DDPM and VP.
+
+    `kind` is `"epsilon"`, `"score"` or `"v_prediction"`; `marginal` gives mean and std of timesteps.
+    """
+
+    def forward(self, sample, timestep, class_labels=None):
+        x = sample.double()
+        mean, std = (value.double().expand(len(x)) for value in self.marginal(timestep))
+        data = self.denoise(x / mean[:, None, None, None], std / mean, class_labels)
+        mean, std = mean[:, None, None, None], std[:, None, None, None]
+        noise = (x - mean * data) / std
+        output = {"epsilon": noise, "score": -noise / std, "v_prediction": mean * noise - std * data}[self.config.kind]
+        return UNet2DOutput(output.to(sample.dtype))
+
+
+class GaussianNoise(ModelMixin, ConfigMixin):
+    """The noise in numbers of law N(0, spread^2): std x / (mean^2 spread^2 + std^2)."""
+
+    @register_to_config
+    def __init__(self, spread, sample_size=(4, 4), in_channels=1):
+        super().__init__()
+        self.register_buffer("unused", torch.zeros(1))
+
+    def forward(self, sample, timestep, class_labels=None):
+        mean, std = (value.reshape(-1, 1, 1, 1) for value in self.marginal(timestep))
+        return UNet2DOutput((std / (mean**2 * self.config.spread**2 + std**2) * sample).to(sample.dtype))
+
+
+def noise_of(scheduler):
+    """`marginal` of a scheduler of ours or of diffusers."""
+    if hasattr(scheduler, "equation"):
+        return lambda timestep: scheduler.equation.marginal(scheduler.time_of(timestep.double()))
+
+    def marginal(timestep):
+        kept = scheduler.alphas_cumprod[timestep.long()].double()
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    return marginal
+
+
+def exact_noise(data, scheduler, classes=None, kind="epsilon"):
+    network = ExactNoise(data.shape[1], tuple(data.shape[2:]), classes and classes + 1, kind=kind)
+    network.register_buffer("data", data)
+    network.marginal = noise_of(scheduler)
+    return network
+
+
 def exact(data, aug_dim=128, classes=None, kind="sample"):
     denoiser = ExactDenoiser(data.shape[1], tuple(data.shape[2:]), classes and classes + 1, aug_dim=aug_dim, kind=kind)
     denoiser.register_buffer("data", data)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 from tonefield.training.checkpoints import Checkpoints, check_same_run, find_checkpoint, list_checkpoints
 from tonefield.training.data import Data, Shares
 from tonefield.training.randomness import derive_seed, make_generators
@@ -26,16 +27,24 @@ from tonefield.training.randomness import derive_seed, make_generators
 def make_accelerator(args) -> Accelerator:
     """Accelerate as the flags describe it. The schedule advances once an optimizer step, whatever the processes."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    tracker = args.report_to
+    if tracker in LoggerType.list() and tracker not in ("all", *map(str, get_available_trackers())):
+        raise UserError(f"--report_to {tracker}: its package is not installed. Install {tracker}, or leave this out.")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
+            log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
             step_scheduler_with_optimizer=False,
         )
-    except ValueError as error:  # a tracker or a precision that is not there
-        raise UserError(str(error).splitlines()[0]) from None
+    except ValueError as error:  # a tracker that is unknown, or a precision that the device lacks
+        raise UserError(first_line(error)) from None
+    if (
+        accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate would compute in float32
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
+    return accelerator
 
 
 class Average:

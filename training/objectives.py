@@ -31,17 +31,19 @@ def perturb(clean: torch.Tensor, scheduler, generator: Generators) -> tuple[torc
     return scheduler.add_noise(clean, noise, timestep), sigma, timestep
 
 
-def weighted_square(difference: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The mean over the batch of weight * mean(difference^2)."""
-    return (weight * difference.square().flatten(1).mean(dim=1)).mean()
+def denoising_error(
+    network: Network, noisy: torch.Tensor, sigma: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor, scheduler
+) -> torch.Tensor:
+    """The mean over the batch of lambda(sigma) |Dn(noisy, sigma) - target|^2 / N."""
+    output = network(scheduler.scale_model_input(noisy, timestep), timestep)
+    error = scheduler.precondition_outputs(noisy, output, sigma) - target
+    return (scheduler.loss_weight(sigma) * error.square().flatten(1).mean(dim=1)).mean()
 
 
 def denoiser_loss(network: Network, clean: torch.Tensor, generator: Generators, scheduler) -> torch.Tensor:
     """PFGM++ and EDM: lambda(sigma) |Dn(y + sigma noise, sigma) - y|^2 (PFGM++, equation 4; EDM, equation 2)."""
     noisy, sigma, timestep = perturb(clean, scheduler, generator)
-    output = network(scheduler.scale_model_input(noisy, timestep), timestep)
-    denoised = scheduler.precondition_outputs(noisy, output, sigma)
-    return weighted_square(denoised - clean, scheduler.loss_weight(sigma))
+    return denoising_error(network, noisy, sigma, timestep, clean, scheduler)
 
 
 def stable_target_loss(
@@ -66,9 +68,7 @@ def stable_target_loss(
         return (empirical_denoiser(noisy[rows], charges[among], sigma[rows], scheduler.config.aug_dim),)
 
     (target,) = by_class(denoise, len(clean), classes)
-    output = network(scheduler.scale_model_input(noisy, timestep), timestep)
-    denoised = scheduler.precondition_outputs(noisy, output, sigma)
-    return weighted_square(denoised - target, scheduler.loss_weight(sigma))
+    return denoising_error(network, noisy, sigma, timestep, target, scheduler)
 
 
 def field_loss(

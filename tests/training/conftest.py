@@ -2,18 +2,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from training_runs import make_dataset, make_sounds, train
-
-
-@pytest.fixture(scope="session")
-def sounds(tmp_path_factory):
-    return make_sounds(tmp_path_factory.mktemp("sounds"))
-
-
-@pytest.fixture(scope="session")
-def mels(sounds, tmp_path_factory):
-    """A dataset of mels, 16 x 16."""
-    return make_dataset(sounds, tmp_path_factory.mktemp("mels") / "data")
+from training_runs import train
 
 
 @pytest.fixture(scope="session")

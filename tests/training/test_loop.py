@@ -2,18 +2,24 @@
 
 import argparse
 import itertools
+import json
+import math
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from training_runs import train
+from diffusers import UNet2DModel
+from training_runs import RECIPE, train
 
 from tonefield import train_unet
 from tonefield.command_line import UserError
 from tonefield.training import objectives
-from tonefield.training.data import EndlessRows, EndlessStream, ReadPictures, Shares
-from tonefield.training.loop import Average
+from tonefield.training.data import EndlessRows, EndlessStream, ReadPictures, Shares, TrainingData, open_data
+from tonefield.training.loop import Average, Interruption, make_accelerator
+from tonefield.training.randomness import make_generators, uniform
+from tonefield.training.validation import spread_labels
 
 
 def test_the_average_follows_its_closed_form_and_leaves_the_weights_alone():
@@ -132,7 +138,6 @@ def test_labels_as_the_network_is_told_them():
             return argparse.Namespace(sample=x)
 
     from tonefield.schedulers import PoissonFlowScheduler
-    from tonefield.training.randomness import make_generators
 
     compute_loss = train_unet.make_loss(args, PoissonFlowScheduler(), data, None)
     labels = torch.arange(2000) % 3 - 1
@@ -146,3 +151,88 @@ def test_labels_as_the_network_is_told_them():
     withheld = training[labels >= 0] == 2
     assert withheld.float().mean().item() == pytest.approx(0.25, abs=0.04)
     assert torch.equal(training[labels >= 0][~withheld], labels[labels >= 0][~withheld])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_is_logged(mels, tmp_path, precision):
+    """The validation loss is that of the rows one by one, whose batches are not equally large."""
+    flags = ["--max_validation_samples=7", "--validation_steps=8", f"--mixed_precision={precision}"]
+    train(tmp_path, mels, *flags, "--num_validation_samples=0", "--logging_steps=2")
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for row in logged[:-1]:
+        assert row["samples_per_second"] * row["seconds_per_step"] == pytest.approx(8)
+    rates = [row["learning_rate"] / 0.001 for row in logged[:-1]]  # 6 steps of warm-up, then half a cosine
+    assert rates == pytest.approx([2 / 6, 4 / 6, 1, 0])
+
+    args = train_unet.parse_args([f"--config={RECIPE}", f"--dataset_name={mels}", *flags])
+    data = open_data(args)
+    unet = UNet2DModel.from_pretrained(tmp_path, subfolder="unet").eval()
+    compute_loss = train_unet.make_loss(args, train_unet.make_scheduler(args, data), data, None)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses[dtype] = [
+                compute_loss(unet, batch, make_generators(0, "validation", batch["positions"])).item()
+                for batch in data.validation_batches(1)
+            ]
+    assert len(losses[torch.float32]) == 7
+    exact, half = (np.mean(values) for values in losses.values())
+    wanted, other = (exact, half) if precision == "no" else (half, exact)
+    assert logged[-1]["validation_loss"] == pytest.approx(wanted, rel=3e-5)
+    assert abs(wanted - other) > 1e-4 * wanted
+
+
+def test_processes_divide_the_held_out_rows():
+    rows = datasets.Dataset.from_dict({"x": [float(x) for x in range(11)]})
+    data = TrainingData(None, rows, read, (1, 1, 1), 0.5)
+    shares = [[batch["positions"] for batch in data.validation_batches(2, process, 3)] for process in range(3)]
+    assert shares == [[[0, 3], [6, 9]], [[1, 4], [7, 10]], [[2, 5], [8]]]
+    batches = list(data.validation_batches(4))
+    assert torch.cat([batch["clean"] for batch in batches]).tolist() == list(range(11))
+
+
+@pytest.mark.parametrize(("count", "classes", "labels"), [(3, 9, [0, 3, 6]), (4, 2, [0, 1, 0, 1]), (2, 11, [0, 5])])
+def test_validation_samples_are_of_many_classes(count, classes, labels):
+    assert spread_labels(count, classes).tolist() == labels
+
+
+def test_allotted_time_is_in_hours():
+    interruption = Interruption(2)
+    assert interruption.deadline - time.monotonic() == pytest.approx(7200, abs=100)
+    assert not interruption.due()
+    interruption.deadline -= 7200
+    assert interruption.due() and interruption.reason == "--max_hours"
+    assert Interruption(None).deadline == math.inf
+
+
+def test_tf32(tmp_path):
+    for flag, wanted in (("--allow_tf32", True), ("--no-allow_tf32", False)):
+        make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}", flag]))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == wanted
+
+
+@pytest.mark.parametrize("objective", ["stable_target", "field"])
+def test_a_class_is_attracted_by_its_own_charges(objective):
+    """The loss of a batch of two classes is the mean of the losses of each by itself."""
+    args = train_unet.parse_args(["--dataset_name=x", f"--objective={objective}", "--sigma_min=0.1", "--p_mean=0"])
+    names = argparse.Namespace(class_names=["a", "b"], sigma_data=0.5, sample_shape=(1, 2, 2))
+    data = argparse.Namespace(train=argparse.Namespace(extra=0), **vars(names))
+    scheduler = train_unet.make_scheduler(args, data)
+    channels = 1 + (objective == "field")
+
+    class Network(torch.nn.Module):
+        def forward(self, x, timestep, class_labels=None):
+            return argparse.Namespace(sample=torch.zeros(len(x), channels, 2, 2))
+
+    def loss(classes):
+        data.class_names = names.class_names if classes is None else []
+        rows = torch.arange(8) if classes is None else (labels == classes).nonzero()[:, 0]
+        batch = {"clean": clean[rows]} | ({"class_labels": labels} if classes is None else {})
+        generators = make_generators(0, "noise", rows.tolist())
+        if classes is not None:
+            uniform(len(rows), generators)  # which labels to withhold is drawn from them first
+        return train_unet.make_loss(args, scheduler, data, None)(Network().eval(), batch, generators).item()
+
+    labels = torch.arange(8) % 2
+    clean = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)) + 2 * labels[:, None, None, None]
+    assert loss(None) == pytest.approx((loss(0) + loss(1)) / 2, rel=1e-4)

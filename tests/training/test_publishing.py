@@ -74,7 +74,7 @@ def test_what_is_pushed_is_whole(hub, mels, tmp_path, capsys, monkeypatch):
 
     # And it loads: by the snippet of the card.
     snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert f'tonefield.load("{NAME}")' in snippet and "pipe(class_labels='high')" in snippet
+    assert f'tonefield.load("{NAME}")' in snippet and "pipe(class_labels='high', num_inference_steps=3)" in snippet
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet, names)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from training_runs import differences, start, train
 
 from tonefield.command_line import UserError
+from tonefield.training import validation
 
 
 # Adam divides by the gradient: with its usual epsilon the rounding of a gradient that should be 0 is a full step.
@@ -62,6 +63,19 @@ def test_saving_validating_and_workers_change_nothing(uninterrupted, mels, tmp_p
     assert {path.name for path in (tmp_path / "samples").glob("*0002*")} == {
         "step-0000002.png", "step-0000002-0.wav", "step-0000002-1.wav"
     }  # fmt: skip
+
+
+def test_dropout_is_that_of_the_sample(uninterrupted, mels, tmp_path, monkeypatch):
+    """Whatever else draws from torch's own generator meanwhile: here the validation."""
+    draw = validation.draw_samples
+
+    def draw_more(*args):
+        torch.rand(7)
+        return draw(*args)
+
+    monkeypatch.setattr(validation, "draw_samples", draw_more)
+    train(tmp_path, mels, "--validation_steps=3")
+    assert differences(tmp_path / "checkpoint-8", uninterrupted / "checkpoint-8") == []
 
 
 def test_another_seed_is_another_run(uninterrupted, mels, tmp_path):
@@ -119,6 +133,7 @@ def test_max_hours(mels, tmp_path, capsys):
     assert "stopped at step 1 by --max_hours" in capsys.readouterr().out
     assert (tmp_path / "checkpoint-1").is_dir()
     assert weights(tmp_path)
+    assert "| optimizer steps | 1 |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "change", "delete", "no state"])
