@@ -251,20 +251,22 @@ class UniformGraph:
         self, log_score: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor
     ) -> torch.Tensor:
         """
-        (1 / N) sum over y != x of s_y - q_y ln s_y + q_y (ln q_y - 1), q the ratios of the law given the clean token.
+        (1 / N) sum over y != x of q_y h(ln s_y - ln q_y), h(d) = e^d - 1 - d, q the ratios of the law given the clean
+        token. In float32 each term keeps its digits, down to the tiny ones near the truth.
 
-        The ratio r = q_y of an untouched token is written E / (E + N), and not 1 - N / (E + N), which is 0 in float32
-        for a large N and a small sigma, with r ln r not a number. `log_score` must be 0 at the token itself.
+        Where the token is untouched all q_y are r = E / (E + N), elsewhere that of the clean token is 1 / r and the
+        others are 1. (As 1 - N / (E + N), r would be 0 for a large N and a small sigma, and r ln r not a number.)
         """
         n = self.vocab_size
-        e = torch.expm1(sigma)
-        r, log_r = e / (e + n), torch.log(e) - torch.log(e + n)
-        mean_score, mean_log = (torch.exp(log_score).sum(-1) - 1) / n, log_score.sum(-1) / n
-        clean_log_score = log_score.gather(-1, clean[..., None])[..., 0]
-        untouched = mean_score - r * mean_log + (n - 1) / n * r * (log_r - 1)
-        # (-ln r - 1) / r = -(ln r + 1) (1 + N / E)
-        changed = mean_score - mean_log - clean_log_score / e - ((log_r + 1) * (1 + n / e) + n - 2) / n
-        return torch.where(tokens == clean, untouched, changed)
+        inverse_r = 1 + n / torch.expm1(sigma)
+        log_r = -torch.log(inverse_r)
+        untouched = tokens == clean
+        log_q = torch.where(untouched, log_r, 0)
+        distance = log_score - log_q[..., None]
+        distance = distance.scatter(-1, tokens[..., None], 0).scatter(-1, clean[..., None], 0)
+        others = torch.exp(log_q) * (torch.expm1(distance) - distance).sum(-1)
+        distance = log_score.gather(-1, clean[..., None])[..., 0] + log_r
+        return (others + torch.where(untouched, 0, inverse_r * (torch.expm1(distance) - distance))) / n
 
 
 def leave_one_out_log_score(log_probs: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -344,8 +346,8 @@ def draw_jumps(
     """
     Tokens that jump to y with the probability `weights[..., y]` (0 for the token itself), and stay with what is left.
 
-    Weights with a sum above 1 are normalised, and those of a jump that is `certain` in any case. The probability of staying
-    never meets that of a single token, which may lie below the last digit of the sum of both.
+    Weights with a sum above 1 are normalised, and those of a jump that is `certain` in any case. The probability of
+    staying never meets that of a single token, which may lie below the last digit of their sum.
     """
     cumulative = accurate(weights).cumsum(-1)
     total = cumulative[..., -1]
