@@ -472,6 +472,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         remask_cap: float = 0.02,
         confidence_noise: float = 1.0,
     ):
+        # diffusers takes arguments given by position for defaults, which `from_config` would drop.
+        self.register_to_config(_use_default_values=[])
         if predictor is None:
             self.register_to_config(predictor="event" if graph_type == "absorb" else "analytic")
         for name, choices in (
@@ -843,23 +845,25 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         when, draws = uniforms((rows, 2, sites), self._generator, "cpu").unbind(1)
         when = when.masked_fill(~free, 2)
         revealed_by = 1 - (1 - self._reveal_probabilities()).cumprod(0)
-        step = torch.searchsorted(revealed_by, when, right=True)  # `steps` where nothing is to be revealed
-        occupied = torch.zeros(rows, steps + 1, dtype=torch.bool).scatter_(1, step, True)[:, :-1]
-        call = (occupied.cumsum(1) - 1).gather(1, step.clamp(max=steps - 1))
-        counts, own_steps = occupied.sum(1), (~occupied).to(torch.uint8).argsort(dim=1, stable=True)
-        sigmas = self.sigma(self._times[:-1])[own_steps]
-        if self.config.predictor == "event":
-            # As many steps as masks: one by one, in the order of `when`, at the noise where that many masks are usual.
-            number = free.sum(1)
-            exact = number <= steps
-            call = torch.where(exact[:, None], when.argsort(1).argsort(1), call)
-            left = (number[:, None] - torch.arange(steps)).clamp(min=0) / sites
-            sigmas = torch.where(exact[:, None], self.sigma(self.noise.time(left.double())), sigmas)
-            counts = torch.where(exact, number, counts)
-        call = call.masked_fill(~free, -1)
-        total = int(counts.max())
+        order = when.argsort(1)
+        step = torch.searchsorted(
+            revealed_by, when.gather(1, order), right=True
+        )  # the last ones, `steps`, are not free
+        number = free.sum(1, keepdim=True)
+        # With as many steps as masks, `"event"` reveals one by one. Else a call is for all that have the same step.
+        exact = (number <= steps) & (self.config.predictor == "event")
+        first = torch.ones_like(free)
+        first[:, 1:] = exact | (step[:, 1:] != step[:, :-1])
+        call = ((first & (step < steps)).cumsum(1) - 1).masked_fill(step == steps, sites)
+        own_step = torch.zeros(rows, sites + 1, dtype=torch.long).scatter_(1, call, step)[:, :sites]
+        # One by one, the network is told the noise at which that many masks are usual.
+        left = (number - torch.arange(sites)).clamp(min=0).double() / sites
+        levels = self.sigma(self._times)[own_step]
+        levels = torch.where(exact, self.sigma(self.noise.time(left)), levels)
+        total = int(call.masked_fill(call == sites, -1).max()) + 1
+        call = torch.empty_like(call).scatter_(1, order, call)
         self._calls = [planned_call(call == index, draws) for index in range(total)]
-        return sigmas[:, :total].T
+        return levels[:, :total].T
 
     def _plan_remasking(self, free: torch.Tensor) -> None:
         """
