@@ -576,6 +576,7 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         mask: torch.Tensor | None = None,
         t_sampling: Literal["stratified", "uniform", "importance", "mask_count"] = "stratified",
+        strata: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         A training batch: noisy tokens, their times t from `sampling_eps` to 1, and the weights of `loss` for them.
@@ -584,13 +585,15 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         (MDLM's change of time): the weight of the cross-entropy, m' / m, becomes the same at all times.
         `"mask_count"` masks k of the n tokens, k stratified in 1 ... n, and its weights make the loss the
         order-agnostic bound n / k * cross-entropy (RADD), of smaller variance than with a random number of masks.
+        For a batch that is a share of a larger one, `strata` gives the number of each sample's part, and of all parts.
         """
         if t_sampling not in T_SAMPLINGS:
             raise ValueError(f"`t_sampling` is {t_sampling!r}: it must be one of {', '.join(T_SAMPLINGS)}.")
         rows = len(tokens)
         draws = uniforms((rows, 1), generator, tokens.device)[:, 0]
         if t_sampling != "uniform":
-            draws = (torch.arange(rows, device=tokens.device) + draws) / rows
+            part, parts = strata or (torch.arange(rows, device=tokens.device), rows)
+            draws = (part + draws) / parts
         if t_sampling == "mask_count":
             noisy, share = self._mask_share(tokens, draws, generator, mask)
             t = self.noise.time(share)
