@@ -6,6 +6,21 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .audio_tokenizer_mulaw import MuLawTokenizer as MuLawTokenizer
+    from .codec_fsq import FSQCodec as FSQCodec
+    from .codec_transformers import TransformersCodec as TransformersCodec
+    from .loading import load_audio_tokenizer as load_audio_tokenizer
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
+    from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
 
-__getattr__, __dir__, __all__ = attach(__name__, {"MelSpectrogram": "mel_spectrogram"})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "FSQCodec": "codec_fsq",
+        "MelSpectrogram": "mel_spectrogram",
+        "MuLawTokenizer": "audio_tokenizer_mulaw",
+        "SEDDTransformer1DModel": "transformer_sedd",
+        "TransformersCodec": "codec_transformers",
+        "load_audio_tokenizer": "loading",
+    },
+)
