@@ -608,7 +608,9 @@ def test_counting_masks_is_unbiased_and_steadier():
     spread = scheduler.sample_noisy(clean, seeded(), t_sampling="stratified")[1]
     assert (((spread - 1e-3) / (1 - 1e-3) * 256).floor() == torch.arange(256)).all()
     shares = [
-        scheduler.sample_noisy(clean[:128], seeded(), t_sampling="stratified", strata=(torch.arange(128) * 2 + i, 256))[1]
+        scheduler.sample_noisy(
+            clean[:128], seeded(), t_sampling="stratified", strata=(torch.arange(128) * 2 + i, 256)
+        )[1]
         for i in range(2)
     ]
     assert (((torch.stack(shares, 1).flatten() - 1e-3) / (1 - 1e-3) * 256).floor() == torch.arange(256)).all()
