@@ -18,6 +18,7 @@ from tonefield.schedulers.scheduling_score_entropy import (
     draw_tokens,
     guided_logits,
     restrict_tokens,
+    uniforms,
 )
 
 
@@ -816,6 +817,7 @@ def test_small_probabilities_survive():
         arrived = draw_jumps(scale * weights, masks, grid * total)[0]
         assert (torch.bincount(arrived, minlength=4096) - expected).abs().max() < 1.01
         assert (draw_jumps(scale * weights, masks, total * (1 + grid)) == 4096).all()
+    assert (uniforms((1, 99), seeded(), None) * 2**24 % 1 != 0).all()  # and the draws are not float32's multiples
     too_much = draw_jumps(3 * weights, masks, grid)[0]  # as if there were no staying
     assert (torch.bincount(too_much, minlength=4096) - expected).abs().max() < 1.01
     certain = draw_jumps(1e-9 * weights, masks, grid, torch.tensor(True))[0]
