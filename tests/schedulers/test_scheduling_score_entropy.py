@@ -811,6 +811,10 @@ def test_small_probabilities_survive():
     grid = (torch.arange(2000, dtype=torch.float64)[None] + 0.5) / 2000
     counts = torch.bincount(draw_tokens(weights.log(), grid)[0], minlength=4096)
     assert (counts - expected).abs().max() < 1.01  # draws in equal distances: right to one
+    # A tail of 2000 tokens of 1e-9 each, which the last digit of a float32 sum near 1 does not see
+    tail = torch.cat([torch.tensor([1.0]), torch.full((2000,), 1e-9)]).log()[None, None].expand(1, 2000, -1)
+    from_the_top = 1 - (2000 - 2000 * grid) * 1e-9 / (1 + 2e-6)
+    assert torch.equal(draw_tokens(tail, from_the_top)[0], 1 + torch.arange(2000))
     masks = torch.full((1, 2000), 4096)
     for scale in (1e-4, 1e-9):
         total = (scale * weights[0, 0]).double().sum()
@@ -822,6 +826,16 @@ def test_small_probabilities_survive():
     assert (torch.bincount(too_much, minlength=4096) - expected).abs().max() < 1.01
     certain = draw_jumps(1e-9 * weights, masks, grid, torch.tensor(True))[0]
     assert (torch.bincount(certain, minlength=4096) - expected).abs().max() < 1.01
+
+
+def test_impossible_tokens_are_never_drawn():
+    """Not by the first or the last number there is, either."""
+    weights = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0]).expand(1, 2, -1)
+    ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
+    assert draw_tokens(weights.log(), ends).tolist() == [[2, 4]]
+    masks, certain = torch.full((1, 2), 6), torch.tensor(True)
+    assert draw_jumps(weights, masks, ends, certain).tolist() == [[2, 4]]
+    assert draw_jumps(0 * weights, masks, ends).tolist() == [[6, 6]]
 
 
 @pytest.mark.parametrize("predictor", ["event", "analytic"])
