@@ -816,6 +816,7 @@ def test_small_probabilities_survive():
     from_the_top = 1 - (2000 - 2000 * grid) * 1e-9 / (1 + 2e-6)
     assert torch.equal(draw_tokens(tail, from_the_top)[0], 1 + torch.arange(2000))
     masks = torch.full((1, 2000), 4096)
+    assert torch.equal(draw_jumps(tail.exp(), masks, from_the_top)[0], 1 + torch.arange(2000))
     for scale in (1e-4, 1e-9):
         total = (scale * weights[0, 0]).double().sum()
         arrived = draw_jumps(scale * weights, masks, grid * total)[0]
