@@ -74,7 +74,7 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
         origin = source.device if source is not None else device
         dtype = torch.float32 if origin.type == "mps" else torch.float64
         parts.append(torch.rand(rows, *shape[1:], generator=source, device=origin, dtype=dtype))
-    return torch.cat(parts).to(device, non_blocking=True)
+    return torch.cat(parts).to(device, non_blocking=device.type != "cpu")  # a copy to the CPU is read at once
 
 
 def unit_vectors(tokens: torch.Tensor, states: int, dtype: torch.dtype) -> torch.Tensor:

@@ -567,7 +567,7 @@ def test_bound_of_the_uniform_graph(schedule, parameterization):
     """With the true score its mean is known: the drop of information, what is left to guess, and the divergence."""
     p0 = law(3, 2)
     scheduler = ScoreEntropyScheduler(
-        3, "uniform", schedule, parameterization=parameterization, sigma_min=0.05, sigma_max=3.0
+        3, "uniform", schedule, parameterization=parameterization, sigma_min=0.05, sigma_max=1.0
     )
     oracle = Oracle(p0, scheduler)
     tokens = sequences(3, 2)[torch.multinomial(p0.flatten(), 8000, replacement=True, generator=seeded())]
@@ -604,6 +604,10 @@ def test_counting_masks_is_unbiased_and_steadier():
         means[t_sampling], spreads[t_sampling] = np.mean(batches), np.std(batches)
         assert means[t_sampling] == pytest.approx(truth * (1 if t_sampling == "mask_count" else 1 - 1e-3), rel=0.02)
     assert spreads["mask_count"] < 0.5 * min(spreads["stratified"], spreads["uniform"], spreads["importance"])
+    for schedule in ("loglinear", "cosine"):  # the weights are a ratio of two densities, of mean 1
+        other = ScoreEntropyScheduler(n, noise_schedule=schedule, sampling_eps=0.2)
+        weight = other.sample_noisy(clean, seeded(), t_sampling="importance")[2]
+        assert weight.mean().item() == pytest.approx(1, abs=0.02)
     counts = (scheduler.sample_noisy(clean[:12], seeded(), t_sampling="mask_count")[0] == n).sum(1)
     assert sorted(counts.tolist()) == list(range(1, 13))  # one of each
     spread = scheduler.sample_noisy(clean, seeded(), t_sampling="stratified")[1]
@@ -854,6 +858,20 @@ def test_no_truncation_at_16384_steps(predictor):
     binned = torch.zeros(len(edges)).index_add_(0, bins, observed)[1:]
     expected = torch.zeros(len(edges), dtype=torch.float64).index_add_(0, bins, weights / weights.sum())[1:]
     assert stats.chisquare(binned.numpy(), (expected * observed.sum()).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("predictor", ["analytic", "euler"])
+@pytest.mark.parametrize("log_sum", [-3.0, 3.0])
+def test_scores_with_a_wrong_sum(predictor, log_sum):
+    """Scores that promise too little or too much: no mask is left, and the tokens have the law of their ratios."""
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    scheduler = ScoreEntropyScheduler(4, predictor=predictor, parameterization="score")
+    network = lambda x, t: (weights.log() + log_sum + math.log(4)).expand(*x.shape, -1)  # noqa: E731
+    trace = []
+    tokens = sample(scheduler, network, (5000, 1), 4, seeded(), trace)
+    assert tokens.max() < 4 and fits(tokens, weights) > 1e-3
+    revealed = (trace[1] != 4).double().mean().item()
+    assert revealed == pytest.approx(min(1, 0.25 * math.exp(log_sum)), abs=0.01)
 
 
 def test_euler_is_analytic_for_the_log_linear_schedule():
