@@ -1060,11 +1060,19 @@ def test_confidence_reveals_the_surest_first():
     sample(cosine, lambda x, t: torch.zeros(*x.shape, 4), (1, 100), 10, seeded(), trace)
     left = [(x == 4).sum().item() for x in trace]
     assert left == [math.floor(100 * (1 - math.cos(math.pi / 2 * (1 - k / 10))) + 1e-9) for k in range(10)]
-    noisy = scheduler.from_config(scheduler.config, confidence_noise=20.0)
+    # The largest of log-probabilities with Gumbel noise: each position comes first in proportion to its probability,
+    # and with half of the masks left, when half the noise is added, to its square.
+    noisy = scheduler.from_config(scheduler.config, confidence_noise=1.0)
+    surest = logits.softmax(-1).amax(-1).double()
     trace = []
-    sample(noisy, lambda x, t: logits.expand(len(x), -1, -1), (500, 6), 6, seeded(), trace)
-    first = (trace[1] != 4).double().mean(0)
-    assert first.min() > 0.05
+    sample(noisy, lambda x, t: logits.expand(len(x), -1, -1), (10_000, 6), 6, seeded(), trace)
+    first = (trace[1] != 4).sum(0)
+    assert stats.chisquare(first.numpy(), (10_000 * surest / surest.sum()).numpy()).pvalue > 1e-3
+    rest = trace[3] == 4
+    expected = torch.where(rest, surest**2, 0)
+    expected = (expected / expected.sum(1, keepdim=True)).sum(0)
+    fourth = ((trace[4] != 4) & rest).sum(0)
+    assert stats.chisquare(fourth.numpy(), expected.numpy()).pvalue > 1e-3
 
 
 def test_restricted_tokens_against_numpy():
