@@ -1013,7 +1013,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
             scores = accurate(output).scatter(-1, own, 0).exp()
             deltas = scores.new_full(tokens.shape, delta)
             law = self.graph.staggered_score(scores, deltas) * self.graph.transposed_transition(tokens, deltas)
-            return law.clamp(min=0)
+            law = law.clamp(min=0)
+            return law / law.sum(-1, keepdim=True)
         pi = output.softmax(-1)
         prior = math.exp(-sigma_next) * pi - math.expm1(-sigma_next) / n
         law = (-math.expm1(-delta) / n * prior).scatter_add(-1, own, math.exp(-delta) * prior.gather(-1, own))

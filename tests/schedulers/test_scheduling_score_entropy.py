@@ -661,10 +661,9 @@ def test_padding_has_no_part(graph_type):
 # Sampling
 
 
-def step_law(p, scheduler, network, k, steps):
-    """The law after step k of the plain sampler: every position on its own, with the formulas of the two papers."""
-    n, length, absorbing = scheduler.config.vocab_size, p.ndim, scheduler.absorbing
-    states = sequences(p.shape[0], length)
+def step_kernel(scheduler, network, states, k, steps):
+    """Where each position goes in step k of the plain sampler, by the formulas of the paper: (states, L, symbols)."""
+    n, absorbing = scheduler.config.vocab_size, scheduler.absorbing
     t, s = 1 - k / steps, 1 - (k + 1) / steps
     sigma, sigma_next = (scheduler.noise.sigma(torch.tensor(time, dtype=torch.float64)).item() for time in (t, s))
     sigmas = torch.full((len(states),), sigma, dtype=torch.float64)
@@ -684,11 +683,16 @@ def step_law(p, scheduler, network, k, steps):
         if last and absorbing:
             kernel[..., n] = 0
     kernel = kernel.clamp(min=0)
-    kernel = kernel / kernel.sum(-1, keepdim=True)
-    joint = p.flatten()
-    for i in range(length):
-        joint = joint.reshape(len(states), *([1] * 0), -1) if i == 0 else joint
-        joint = joint[..., None] * kernel[:, i].reshape(len(states), *[1] * i, -1) if i else joint * kernel[:, 0]
+    return kernel / kernel.sum(-1, keepdim=True)
+
+
+def step_law(p, scheduler, network, k, steps):
+    """The law of whole sequences after step k, every position on its own given all."""
+    states = sequences(p.shape[0], p.ndim)
+    kernel = step_kernel(scheduler, network, states, k, steps)
+    joint = p.flatten()[:, None] * kernel[:, 0]
+    for i in range(1, p.ndim):
+        joint = joint[..., None] * kernel[:, i].reshape(len(states), *[1] * i, -1)
     return joint.sum(0).reshape(p.shape)
 
 
@@ -726,6 +730,38 @@ def test_the_law_of_few_steps(graph_type, predictor, parameterization, schedule)
     tokens = sample(scheduler, network, (20_000, 3), steps, seeded(4))
     assert fits(tokens, expected) > 1e-3
     assert total_variation(expected, law(3, 3)) > 0.02  # and not that of the data
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+@pytest.mark.parametrize(
+    ("graph_type", "parameterization"), [("absorb", "score"), ("uniform", "score"), ("uniform", "normalized")]
+)
+@pytest.mark.parametrize("predictor", ["analytic", "euler"])
+def test_the_law_of_each_step(predictor, graph_type, parameterization, schedule):
+    """From every token, also where the network is wrong: a step forgets less than a whole run."""
+    scheduler = ScoreEntropyScheduler(
+        3, graph_type, schedule, 0.02, 4.0, predictor=predictor, parameterization=parameterization
+    )
+    network = table_network(3, 1)
+    if parameterization == "score":  # near the truth, so that no probability is negative
+        oracle = Oracle(law(3, 1), scheduler)
+        network = lambda x, t: oracle(x, t) + 0.02 * table_network(3, 1)(x, t)  # noqa: E731
+    states = sequences(4 if graph_type == "absorb" else 3, 1)
+    for k in range(3):
+        kernel = step_kernel(scheduler, network, states, k, 3)[:, 0]
+        scheduler.set_timesteps(3)
+        scheduler.start((8000 * len(states), 1), seeded(k))
+        tokens = states.repeat_interleave(8000, 0)
+        for index in range(k + 1):
+            t = scheduler.timesteps[index]
+            arrived = scheduler.step(network(tokens, t), t, tokens).prev_sample
+        for state, row in enumerate(arrived.reshape(len(states), 8000)):
+            possible = kernel[state] > 1e-3
+            observed = torch.bincount(row, minlength=len(kernel[state]))[possible]
+            expected = kernel[state][possible] / kernel[state][possible].sum()
+            assert observed.sum() > 7900
+            if len(expected) > 1:
+                assert stats.chisquare(observed.numpy(), (expected * observed.sum()).numpy()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("graph_type", ["absorb", "uniform"])
