@@ -87,6 +87,20 @@ def window_starts(frames: int, window: int, overlap: int) -> list[int]:
     return starts
 
 
+def generators_of_runs(generator: Generators, count: int) -> list[Generators]:
+    """
+    For `count` runs one after the other. How much a run draws may depend on the batch, so that a sample's own
+    generator can serve one run only: of several, each gets one that is seeded by it.
+    """
+    if count == 1 or not isinstance(generator, list):
+        return [generator] * count
+    seeds = [torch.randint(2**62, (count,), generator=source, device=source.device).tolist() for source in generator]
+    return [
+        [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(generator, row, strict=True)]
+        for row in zip(*seeds, strict=True)
+    ]
+
+
 def guided_logits(without: torch.Tensor, towards: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """
     Logits of p^w q^(1 - w) for the laws p `towards` and q `without` a condition, normalised to the sum of e^logits
@@ -401,8 +415,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             for name, value in asked.items():
                 if value:
                     raise ValueError(
-                        f"{name} needs tokens that stay as they are, which the uniform graph does not have: use a model"
-                        " of the absorbing graph."
+                        f"{name} needs tokens that stay as they are, which the uniform graph does not have: use a"
+                        " model of the absorbing graph."
                     )
         if output_type not in ("np", "pt", "tokens"):
             raise ValueError(f"output_type is {output_type!r}: it must be np, pt or tokens.")
@@ -472,7 +486,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         return tokens.reshape(len(tokens), c.num_codebooks, -1) % self.audio_tokenizer.codebook_size
 
     def _fill(
-        self, codes: torch.Tensor, new: torch.Tensor, conditions: dict, generator: Generators, bar, callback, shown
+        self, codes: torch.Tensor, new: torch.Tensor, generator: Generators, conditions: dict, bar, callback, shown
     ) -> torch.Tensor:
         """Draw the frames (batch, frames) that are `new`, given the others, in one run of the scheduler."""
         tokens = self._to_tokens(codes)
@@ -604,17 +618,19 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         new = canvas.new_frames.expand(batch_size, -1).clone()
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         with self.progress_bar(total=0) as bar:
-            arguments = (conditions, generator, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            for start in window_starts(frames, window, overlap):
+            arguments = (conditions, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            starts = window_starts(frames, window, overlap)
+            generators = generators_of_runs(generator, len(starts) + loop)
+            for start, source in zip(starts, generators, strict=False):
                 here = slice(start, start + window)
-                codes[..., here] = self._fill(codes[..., here], new[:, here], *arguments)
+                codes[..., here] = self._fill(codes[..., here], new[:, here], source, *arguments)
                 new[:, here] = False
             if loop:
                 # Turned so that the seam lies within a window, a quarter of which is drawn again
                 turned = codes.roll(window // 2, -1)
                 new = canvas.new_frames.roll(window // 2, -1)[:, :window].expand(batch_size, -1)
                 new = new & ((torch.arange(window) - window // 2 + 0.5).abs() < max(1, window // 8))
-                turned[..., :window] = self._fill(turned[..., :window], new, *arguments)
+                turned[..., :window] = self._fill(turned[..., :window], new, generators[-1], *arguments)
                 codes = turned.roll(-(window // 2), -1)
 
         result = self._output(codes, canvas, output_type, loop)

@@ -74,7 +74,7 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
         origin = source.device if source is not None else device
         dtype = torch.float32 if origin.type == "mps" else torch.float64
         parts.append(torch.rand(rows, *shape[1:], generator=source, device=origin, dtype=dtype))
-    return torch.cat(parts).to(device, non_blocking=True)
+    return torch.cat(parts).to(device, non_blocking=device.type != "cpu")  # a copy to the CPU is read at once
 
 
 def unit_vectors(tokens: torch.Tensor, states: int, dtype: torch.dtype) -> torch.Tensor:
@@ -251,20 +251,22 @@ class UniformGraph:
         self, log_score: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor
     ) -> torch.Tensor:
         """
-        (1 / N) sum over y != x of s_y - q_y ln s_y + q_y (ln q_y - 1), q the ratios of the law given the clean token.
+        (1 / N) sum over y != x of q_y h(ln s_y - ln q_y), h(d) = e^d - 1 - d, q the ratios of the law given the clean
+        token. In float32 each term keeps its digits, down to the tiny ones near the truth.
 
-        The ratio r = q_y of an untouched token is written E / (E + N), and not 1 - N / (E + N), which is 0 in float32
-        for a large N and a small sigma, with r ln r not a number. `log_score` must be 0 at the token itself.
+        Where the token is untouched all q_y are r = E / (E + N), elsewhere that of the clean token is 1 / r and the
+        others are 1. (As 1 - N / (E + N), r would be 0 for a large N and a small sigma, and r ln r not a number.)
         """
         n = self.vocab_size
-        e = torch.expm1(sigma)
-        r, log_r = e / (e + n), torch.log(e) - torch.log(e + n)
-        mean_score, mean_log = (torch.exp(log_score).sum(-1) - 1) / n, log_score.sum(-1) / n
-        clean_log_score = log_score.gather(-1, clean[..., None])[..., 0]
-        untouched = mean_score - r * mean_log + (n - 1) / n * r * (log_r - 1)
-        # (-ln r - 1) / r = -(ln r + 1) (1 + N / E)
-        changed = mean_score - mean_log - clean_log_score / e - ((log_r + 1) * (1 + n / e) + n - 2) / n
-        return torch.where(tokens == clean, untouched, changed)
+        inverse_r = 1 + n / torch.expm1(sigma)
+        log_r = -torch.log(inverse_r)
+        untouched = tokens == clean
+        log_q = torch.where(untouched, log_r, 0)
+        distance = log_score - log_q[..., None]
+        distance = distance.scatter(-1, tokens[..., None], 0).scatter(-1, clean[..., None], 0)
+        others = torch.exp(log_q) * (torch.expm1(distance) - distance).sum(-1)
+        distance = log_score.gather(-1, clean[..., None])[..., 0] + log_r
+        return (others + torch.where(untouched, 0, inverse_r * (torch.expm1(distance) - distance))) / n
 
 
 def leave_one_out_log_score(log_probs: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -344,8 +346,8 @@ def draw_jumps(
     """
     Tokens that jump to y with the probability `weights[..., y]` (0 for the token itself), and stay with what is left.
 
-    Weights with a sum above 1 are normalised, and those of a jump that is `certain` in any case. The probability of staying
-    never meets that of a single token, which may lie below the last digit of the sum of both.
+    Weights with a sum above 1 are normalised, and those of a jump that is `certain` in any case. The probability of
+    staying never meets that of a single token, which may lie below the last digit of their sum.
     """
     cumulative = accurate(weights).cumsum(-1)
     total = cumulative[..., -1]
@@ -470,6 +472,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         remask_cap: float = 0.02,
         confidence_noise: float = 1.0,
     ):
+        # diffusers takes arguments given by position for defaults, which `from_config` would drop.
+        self.register_to_config(_use_default_values=[])
         if predictor is None:
             self.register_to_config(predictor="event" if graph_type == "absorb" else "analytic")
         for name, choices in (
@@ -844,23 +848,25 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         when, draws = uniforms((rows, 2, sites), self._generator, "cpu").unbind(1)
         when = when.masked_fill(~free, 2)
         revealed_by = 1 - (1 - self._reveal_probabilities()).cumprod(0)
-        step = torch.searchsorted(revealed_by, when, right=True)  # `steps` where nothing is to be revealed
-        occupied = torch.zeros(rows, steps + 1, dtype=torch.bool).scatter_(1, step, True)[:, :-1]
-        call = (occupied.cumsum(1) - 1).gather(1, step.clamp(max=steps - 1))
-        counts, own_steps = occupied.sum(1), (~occupied).to(torch.uint8).argsort(dim=1, stable=True)
-        sigmas = self.sigma(self._times[:-1])[own_steps]
-        if self.config.predictor == "event":
-            # As many steps as masks: one by one, in the order of `when`, at the noise where that many masks are usual.
-            number = free.sum(1)
-            exact = number <= steps
-            call = torch.where(exact[:, None], when.argsort(1).argsort(1), call)
-            left = (number[:, None] - torch.arange(steps)).clamp(min=0) / sites
-            sigmas = torch.where(exact[:, None], self.sigma(self.noise.time(left.double())), sigmas)
-            counts = torch.where(exact, number, counts)
-        call = call.masked_fill(~free, -1)
-        total = int(counts.max())
+        order = when.argsort(1)
+        step = torch.searchsorted(
+            revealed_by, when.gather(1, order), right=True
+        )  # the last ones, `steps`, are not free
+        number = free.sum(1, keepdim=True)
+        # With as many steps as masks, `"event"` reveals one by one. Else a call is for all that have the same step.
+        exact = (number <= steps) & (self.config.predictor == "event")
+        first = torch.ones_like(free)
+        first[:, 1:] = exact | (step[:, 1:] != step[:, :-1])
+        call = ((first & (step < steps)).cumsum(1) - 1).masked_fill(step == steps, sites)
+        own_step = torch.zeros(rows, sites + 1, dtype=torch.long).scatter_(1, call, step)[:, :sites]
+        # One by one, the network is told the noise at which that many masks are usual.
+        left = (number - torch.arange(sites)).clamp(min=0).double() / sites
+        levels = self.sigma(self._times)[own_step]
+        levels = torch.where(exact, self.sigma(self.noise.time(left)), levels)
+        total = int(call.masked_fill(call == sites, -1).max()) + 1
+        call = torch.empty_like(call).scatter_(1, order, call)
         self._calls = [planned_call(call == index, draws) for index in range(total)]
-        return sigmas[:, :total].T
+        return levels[:, :total].T
 
     def _plan_remasking(self, free: torch.Tensor) -> None:
         """
@@ -1002,13 +1008,14 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         With pi, the law of the clean token given the other positions, it is Bayes' rule, which needs no difference of
         large numbers: (alpha' pi_z + m' / N) exp(-(sigma - sigma') Q)[z, x] / (alpha pi_x + m / N).
         """
-        output = accurate(output)
-        delta = output.new_full(tokens.shape, sigma - sigma_next)
-        likelihood = self.graph.transposed_transition(tokens, delta)
-        if self.config.parameterization == "score":
-            scores = output.scatter(-1, tokens[..., None], 0).exp()
-            return (self.graph.staggered_score(scores, delta) * likelihood).clamp(min=0)
-        n, pi = self.config.vocab_size, output.softmax(-1)
-        law = (math.exp(-sigma_next) * pi - math.expm1(-sigma_next) / n) * likelihood
-        evidence = math.exp(-sigma) * pi.gather(-1, tokens[..., None]) - math.expm1(-sigma) / n
-        return law / evidence
+        n, delta, own = self.config.vocab_size, sigma - sigma_next, tokens[..., None]
+        if self.config.parameterization == "score":  # with differences, in float64
+            scores = accurate(output).scatter(-1, own, 0).exp()
+            deltas = scores.new_full(tokens.shape, delta)
+            law = self.graph.staggered_score(scores, deltas) * self.graph.transposed_transition(tokens, deltas)
+            law = law.clamp(min=0)
+            return law / law.sum(-1, keepdim=True)
+        pi = output.softmax(-1)
+        prior = math.exp(-sigma_next) * pi - math.expm1(-sigma_next) / n
+        law = (-math.expm1(-delta) / n * prior).scatter_add(-1, own, math.exp(-delta) * prior.gather(-1, own))
+        return law / (math.exp(-sigma) * pi.gather(-1, own) - math.expm1(-sigma) / n)
