@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from exact_networks import quiet, seeds
-from exact_tokens import exact_table, lazy_walk, random_table
 from scipy.stats import chisquare
+from token_networks import exact_table, lazy_walk, random_table
+from token_networks import random_token_pipe as real_pipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import tonefield
-from tonefield import MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
+from tonefield import MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline
 from tonefield.models.token_layouts import apply_layout, undo_layout
 
 
@@ -30,19 +31,6 @@ def walk_pipe(vocab_size=4, max_length=8):
     transformer = lazy_walk(vocab_size, max_length=max_length)
     codec = MuLawTokenizer(sampling_rate=10, mu=vocab_size - 1)
     return quiet(SEDDTokenPipeline(transformer, ScoreEntropyScheduler(vocab_size=vocab_size), codec))
-
-
-def real_pipe(hop=4, layout="parallel", seed=0, **config):
-    """A network of random weights on the samples of a waveform, `hop` codebooks of 256 codes."""
-    torch.manual_seed(seed)
-    symbols = 256 * (1 if layout == "parallel" else hop)
-    config = dict(num_codebooks=hop, layout=layout, max_length=64) | config
-    transformer = SEDDTransformer1DModel(symbols, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, **config)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    scheduler = ScoreEntropyScheduler(vocab_size=symbols, graph_type=transformer.config.graph_type)
-    return quiet(SEDDTokenPipeline(transformer.eval(), scheduler, MuLawTokenizer(8000, hop)))
 
 
 def counts(tokens, vocab_size):
