@@ -71,10 +71,15 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
     rows, device = shape[0] // len(generators), torch.device(device or "cpu")
     parts = []
     for source in generators:
-        origin = device if source is None else source.device
+        origin = source.device if source is not None else device
         dtype = torch.float32 if origin.type == "mps" else torch.float64
         parts.append(torch.rand(rows, *shape[1:], generator=source, device=origin, dtype=dtype))
     return torch.cat(parts).to(device, non_blocking=True)
+
+
+def unit_vectors(tokens: torch.Tensor, states: int, dtype: torch.dtype) -> torch.Tensor:
+    """1 at the token, 0 at the other states; `one_hot` in the dtype that is wanted."""
+    return torch.zeros(*tokens.shape, states, dtype=dtype, device=tokens.device).scatter_(-1, tokens[..., None], 1)
 
 
 # Noise schedules. Each method maps times, a tensor, to a tensor of the same shape.
@@ -176,7 +181,7 @@ class AbsorbingGraph:
     def _unit(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The unit vectors of the tokens, and 1 where they are masks."""
         masked = (tokens == self.vocab_size)[..., None]
-        return F.one_hot(tokens, self.vocab_size + 1).to(dtype), masked.to(dtype)
+        return unit_vectors(tokens, self.vocab_size + 1, dtype), masked.to(dtype)
 
     def rate(self, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Q[x, y], from the token x to every y."""
@@ -226,13 +231,13 @@ class UniformGraph:
 
     def rate(self, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Q[x, y], from the token x to every y; Q is symmetric."""
-        return 1 / self.vocab_size - F.one_hot(tokens, self.vocab_size).to(dtype)
+        return 1 / self.vocab_size - unit_vectors(tokens, self.vocab_size, dtype)
 
     transposed_rate = rate
 
     def transition(self, tokens: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """exp(sigma Q)[x, y], which is symmetric too."""
-        unit = F.one_hot(tokens, self.vocab_size).to(sigma.dtype)
+        unit = unit_vectors(tokens, self.vocab_size, sigma.dtype)
         return torch.exp(-sigma)[..., None] * unit - torch.expm1(-sigma)[..., None] / self.vocab_size
 
     transposed_transition = transition
@@ -246,20 +251,22 @@ class UniformGraph:
         self, log_score: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor, clean: torch.Tensor
     ) -> torch.Tensor:
         """
-        (1 / N) sum over y != x of s_y - q_y ln s_y + q_y (ln q_y - 1), q the ratios of the law given the clean token.
+        (1 / N) sum over y != x of q_y h(ln s_y - ln q_y), h(d) = e^d - 1 - d, q the ratios of the law given the clean
+        token. In float32 each term keeps its digits, down to the tiny ones near the truth.
 
-        The ratio r = q_y of an untouched token is written E / (E + N), and not 1 - N / (E + N), which is 0 in float32
-        for a large N and a small sigma, with r ln r not a number. `log_score` must be 0 at the token itself.
+        Where the token is untouched all q_y are r = E / (E + N), elsewhere that of the clean token is 1 / r and the
+        others are 1. (As 1 - N / (E + N), r would be 0 for a large N and a small sigma, and r ln r not a number.)
         """
         n = self.vocab_size
-        e = torch.expm1(sigma)
-        r, log_r = e / (e + n), torch.log(e) - torch.log(e + n)
-        mean_score, mean_log = (torch.exp(log_score).sum(-1) - 1) / n, log_score.sum(-1) / n
-        clean_log_score = log_score.gather(-1, clean[..., None])[..., 0]
-        untouched = mean_score - r * mean_log + (n - 1) / n * r * (log_r - 1)
-        # (-ln r - 1) / r = -(ln r + 1) (1 + N / E)
-        changed = mean_score - mean_log - clean_log_score / e - ((log_r + 1) * (1 + n / e) + n - 2) / n
-        return torch.where(tokens == clean, untouched, changed)
+        inverse_r = 1 + n / torch.expm1(sigma)
+        log_r = -torch.log(inverse_r)
+        untouched = tokens == clean
+        log_q = torch.where(untouched, log_r, 0)
+        distance = log_score - log_q[..., None]
+        distance = distance.scatter(-1, tokens[..., None], 0).scatter(-1, clean[..., None], 0)
+        others = torch.exp(log_q) * (torch.expm1(distance) - distance).sum(-1)
+        distance = log_score.gather(-1, clean[..., None])[..., 0] + log_r
+        return (others + torch.where(untouched, 0, inverse_r * (torch.expm1(distance) - distance))) / n
 
 
 def leave_one_out_log_score(log_probs: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -281,6 +288,11 @@ def leave_one_out_log_score(log_probs: torch.Tensor, masked: torch.Tensor, token
 
 
 # What the network's logits say
+
+
+def cross_entropy(logits: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """-ln softmax(logits) at the clean tokens."""
+    return F.cross_entropy(logits.flatten(0, -2), clean.flatten(), reduction="none").reshape(clean.shape)
 
 
 def restrict_tokens(
@@ -329,17 +341,18 @@ def draw_tokens(log_probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def draw_jumps(
-    weights: torch.Tensor, tokens: torch.Tensor, draws: torch.Tensor, certain: torch.Tensor | bool = False
+    weights: torch.Tensor, tokens: torch.Tensor, draws: torch.Tensor, certain: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     Tokens that jump to y with the probability `weights[..., y]` (0 for the token itself), and stay with what is left.
 
-    Weights with a sum above 1 are normalised, and those of a `certain` jump in any case. The probability of staying
-    never meets that of a single token, which may lie below the last digit of the sum of both.
+    Weights with a sum above 1 are normalised, and those of a jump that is `certain` in any case. The probability of
+    staying never meets that of a single token, which may lie below the last digit of their sum.
     """
     cumulative = accurate(weights).cumsum(-1)
     total = cumulative[..., -1]
-    draws = draws * torch.where(torch.as_tensor(certain, device=total.device), total, total.clamp(min=1))
+    scale = total.clamp(min=1)
+    draws = draws * (scale if certain is None else torch.where(certain, total, scale))
     arrived = torch.searchsorted(cumulative, draws[..., None], right=True)[..., 0]
     return torch.where(draws < total, arrived, tokens)
 
@@ -352,6 +365,11 @@ class PlannedCall:
     targets: torch.Tensor  # the same, with one past the last site where a row has fewer of them
     draws: torch.Tensor  # a number in [0, 1) for each
     remasked: torch.Tensor | None = None  # (batch_size, sites): what becomes a mask after this call
+
+    def to(self, device: torch.device) -> "PlannedCall":
+        """The plan on the device of the tokens, so that no step has to wait for it."""
+        parts = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if part is not None}
+        return PlannedCall(**parts)
 
 
 def planned_call(revealed: torch.Tensor, draws: torch.Tensor, remasked: torch.Tensor | None = None) -> PlannedCall:
@@ -454,6 +472,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         remask_cap: float = 0.02,
         confidence_noise: float = 1.0,
     ):
+        # diffusers takes arguments given by position for defaults, which `from_config` would drop.
+        self.register_to_config(_use_default_values=[])
         if predictor is None:
             self.register_to_config(predictor="event" if graph_type == "absorb" else "analytic")
         for name, choices in (
@@ -550,52 +570,41 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
             touched &= per_site(mask, tokens)
         return torch.where(touched, self.sample_limit(tokens.shape, generator, tokens.device), tokens)
 
-    def sample_t(
-        self,
-        batch_size: int,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        t_sampling: Literal["stratified", "uniform", "importance"] = "stratified",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Times to train at, from `sampling_eps` to 1, and the weights that the losses there have.
-
-        `"stratified"` puts one uniform time into each of `batch_size` equal parts. `"importance"` makes ln m uniform
-        (MDLM's change of time): the weight of the cross-entropy, m' / m, becomes the same at all times.
-        """
-        draws, low = uniforms((batch_size, 1), generator, device)[:, 0], self.config.sampling_eps
-        if t_sampling != "uniform":
-            draws = (torch.arange(batch_size, device=draws.device) + draws) / batch_size
-        if t_sampling != "importance":
-            return low + (1 - low) * draws, torch.ones_like(draws)
-        first, last = self.noise.masked(draws.new_tensor([low, 1.0])).log()
-        masked = torch.exp(first + (last - first) * draws)
-        t = self.noise.time(masked)
-        return t, (last - first) / (1 - low) * self.noise.masked(t) / self.noise.masked_slope(t)
-
     def sample_noisy(
         self,
         tokens: torch.Tensor,
         generator: Generators = None,
         mask: torch.Tensor | None = None,
         t_sampling: Literal["stratified", "uniform", "importance", "mask_count"] = "stratified",
+        strata: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        A training batch: noisy tokens, their times t, and the weights of `loss` for them.
+        A training batch: noisy tokens, their times t from `sampling_eps` to 1, and the weights of `loss` for them.
 
+        `"stratified"` puts one uniform time into each of `batch_size` equal parts. `"importance"` makes ln m uniform
+        (MDLM's change of time): the weight of the cross-entropy, m' / m, becomes the same at all times.
         `"mask_count"` masks k of the n tokens, k stratified in 1 ... n, and its weights make the loss the
         order-agnostic bound n / k * cross-entropy (RADD), of smaller variance than with a random number of masks.
+        For a batch that is a share of a larger one, `strata` gives the number of each sample's part, and of all parts.
         """
         if t_sampling not in T_SAMPLINGS:
             raise ValueError(f"`t_sampling` is {t_sampling!r}: it must be one of {', '.join(T_SAMPLINGS)}.")
-        if t_sampling != "mask_count":
-            t, weight = self.sample_t(len(tokens), generator, tokens.device, t_sampling)
-            return self.add_noise(tokens, t, generator, mask), t, weight
-        draws = uniforms((len(tokens), 1), generator, tokens.device)[:, 0]
-        strata = (torch.arange(len(tokens), device=tokens.device) + draws) / len(tokens)
-        noisy, share = self._mask_share(tokens, strata, generator, mask)
-        t = self.noise.time(share)
-        return noisy, t, self.noise.masked(t) / self.noise.masked_slope(t) / share
+        rows = len(tokens)
+        draws = uniforms((rows, 1), generator, tokens.device)[:, 0]
+        if t_sampling != "uniform":
+            part, parts = strata or (torch.arange(rows, device=tokens.device), rows)
+            draws = (part + draws) / parts
+        if t_sampling == "mask_count":
+            noisy, share = self._mask_share(tokens, draws, generator, mask)
+            t = self.noise.time(share)
+            return noisy, t, self.noise.masked(t) / self.noise.masked_slope(t) / share
+        low = self.config.sampling_eps
+        t, weight = low + (1 - low) * draws, torch.ones_like(draws)
+        if t_sampling == "importance":
+            first, last = self.noise.masked(draws.new_tensor([low, 1.0])).log()
+            t = self.noise.time(torch.exp(first + (last - first) * draws))
+            weight = (last - first) / (1 - low) * self.noise.masked(t) / self.noise.masked_slope(t)
+        return self.add_noise(tokens, t, generator, mask), t, weight
 
     def _mask_share(
         self, tokens: torch.Tensor, quantile: torch.Tensor, generator: Generators, mask: torch.Tensor | None
@@ -609,10 +618,16 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         order = order.flatten(1)
         count = (order < 2).sum(1)
         masked = (quantile * count).floor() + 1
-        noisy = tokens.masked_fill(
-            (order.argsort(1).argsort(1) < masked[:, None]).reshape(tokens.shape), self.mask_token_id
-        )
-        return noisy, masked / count.clamp(min=1)
+        chosen = (order.argsort(1).argsort(1) < masked[:, None]).reshape(tokens.shape)
+        return tokens.masked_fill(chosen, self.config.vocab_size), masked / count.clamp(min=1)
+
+    def _summed(self, entropy: torch.Tensor, noisy: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The sum over what has a loss: not padding, and with the absorbing graph only masks."""
+        if self.absorbing:
+            entropy = torch.where(noisy == self.config.vocab_size, entropy, 0)
+        if mask is not None:
+            entropy = torch.where(per_site(mask, noisy), entropy, 0)
+        return entropy.flatten(1).sum(1)
 
     # Loss and likelihood
 
@@ -656,24 +671,19 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         """
         output, t = at_least_float32(model_output), accurate(t)
         clean = clean.clamp(0, self.config.vocab_size - 1)
-        if self.absorbing:
+        if isinstance(self.graph, AbsorbingGraph):
             # sigma' / E = m' / m, also at alpha = 0, where sigma is infinite
             weight = self.noise.masked_slope(t) / self.noise.masked(t)
-            counted = noisy == self.mask_token_id
             if self.config.parameterization == "normalized":
-                entropy = F.cross_entropy(output.flatten(0, -2), clean.flatten(), reduction="none").reshape(
-                    clean.shape
-                )
+                entropy = cross_entropy(output, clean)
             else:
                 entropy = self.graph.score_entropy(output - math.log(self.config.vocab_size), clean)
         else:
-            weight, counted = self.noise.sigma_slope(t), torch.ones_like(noisy, dtype=torch.bool)
+            weight = self.noise.sigma_slope(t)
             noisy = noisy.clamp(0, self.config.vocab_size - 1)
             sigma = per_row(self.noise.sigma(t), noisy).to(output.dtype)
             entropy = self.graph.score_entropy(self.log_score(output, noisy, t), sigma, noisy, clean)
-        if mask is not None:
-            counted = counted & per_site(mask, noisy)
-        return weight.to(output.dtype) * torch.where(counted, entropy, 0).flatten(1).sum(1)
+        return weight.to(output.dtype) * self._summed(entropy, noisy, mask)
 
     @torch.no_grad()
     def nll_bound(
@@ -699,27 +709,19 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of them, *optional*): A list draws sample by sample.
             mask (`torch.Tensor`, *optional*): True for tokens, False for padding.
         """
-        total = 0.0
+        total = accurate(torch.zeros(len(tokens), device=tokens.device))
+        clean = tokens.clamp(0, self.config.vocab_size - 1)
         for draw in range(num_draws):
             quantile = (draw + uniforms((len(tokens), 1), generator, tokens.device)[:, 0]) / num_draws
             if self.absorbing:
                 noisy, share = self._mask_share(tokens, quantile, generator, mask)
                 output = at_least_float32(network(noisy, self.sigma(self.noise.time(share))))
-                target = tokens.clamp(0, self.config.vocab_size - 1)
-                entropy = F.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="none")
-                masked = noisy == self.mask_token_id
-                if mask is not None:
-                    masked = masked & per_site(mask, tokens)
-                total += torch.where(masked, entropy.reshape(tokens.shape), 0).double().flatten(1).sum(1) / share
+                total += self._summed(cross_entropy(output, clean), noisy, mask) / share / num_draws
             else:
-                noisy = self.add_noise(tokens, 1 - quantile, generator, mask)
-                output = network(noisy, self.sigma(1 - quantile))
-                total += self.loss(output, noisy, tokens, 1 - quantile, mask).double()
-        return (
-            total / num_draws
-            if self.absorbing
-            else total / num_draws + self._boundary_terms(network, tokens, generator, mask)
-        )
+                t = 1 - quantile
+                noisy = self.add_noise(tokens, t, generator, mask)
+                total += self.loss(network(noisy, self.sigma(t)), noisy, tokens, t, mask) / num_draws
+        return total if self.absorbing else total + self._boundary_terms(network, tokens, generator, mask)
 
     def _boundary_terms(
         self,
@@ -790,21 +792,15 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         if known_mask is not None and known_tokens is not None:
             if not self.absorbing:
                 raise ValueError("the uniform graph cannot keep known tokens: use a network of the absorbing graph.")
-            known = per_site(known_mask, sample)
-            kept = known_tokens.to(sample.device).expand(sample.shape)[known]
-            self.check_tokens(kept)
-            sample[known] = kept
+            known, known_tokens = per_site(known_mask, sample), known_tokens.to(sample.device)
+            self.check_tokens(known_tokens.expand(sample.shape)[known])
+            sample = torch.where(known, known_tokens, sample)
             free = ~known.cpu()
         elif known_mask is not None or known_tokens is not None:
             raise ValueError("pass both `known_tokens` and `known_mask`, or neither.")
         self._generator, self._step_index, self._sites = generator, 0, free[0].numel()
         self.timesteps = self._plan(free.flatten(1)).to(sample.device)
-        self._calls = [
-            PlannedCall(
-                *(part if part is None else part.to(sample.device, non_blocking=True) for part in vars(call).values())
-            )
-            for call in self._calls
-        ]
+        self._calls = [call.to(sample.device) for call in self._calls]
         self._counts = self._counts.to(sample.device)
         return sample
 
@@ -836,7 +832,7 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         if self.config.predictor != "euler":
             return 1 - self._masked[1:] / self._masked[:-1]
         rate = self.noise.masked_slope(self._times[:-1]) / self._masked[:-1]
-        probabilities = (rate / self.num_inference_steps).clamp(max=1)
+        probabilities = (rate / len(rate)).clamp(max=1)
         probabilities[-1] = 1
         return probabilities
 
@@ -848,29 +844,29 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         call and sample.
         """
         rows, sites = free.shape
-        steps = self.num_inference_steps
+        steps = len(self._masked) - 1
         when, draws = uniforms((rows, 2, sites), self._generator, "cpu").unbind(1)
         when = when.masked_fill(~free, 2)
         revealed_by = 1 - (1 - self._reveal_probabilities()).cumprod(0)
-        step = torch.searchsorted(revealed_by, when, right=True)  # `steps` where nothing is to be revealed
-        occupied = torch.zeros(rows, steps + 1, dtype=torch.bool).scatter_(1, step, True)[:, :-1]
-        call = (occupied.cumsum(1) - 1).gather(1, step.clamp(max=steps - 1))
-        counts, sigmas = (
-            occupied.sum(1),
-            self.sigma(self._times[:-1])[(~occupied).to(torch.uint8).argsort(dim=1, stable=True)],
-        )
-        if self.config.predictor == "event":
-            # As many steps as masks: one by one, in the order of `when`, at the noise where that many masks are usual.
-            number = free.sum(1)
-            exact = number <= steps
-            call = torch.where(exact[:, None], when.argsort(1).argsort(1), call)
-            left = (number[:, None] - torch.arange(steps)).clamp(min=0) / sites
-            sigmas = torch.where(exact[:, None], self.sigma(self.noise.time(left.double())), sigmas)
-            counts = torch.where(exact, number, counts)
-        call = call.masked_fill(~free, -1)
-        total = int(counts.max())
+        order = when.argsort(1)
+        step = torch.searchsorted(
+            revealed_by, when.gather(1, order), right=True
+        )  # the last ones, `steps`, are not free
+        number = free.sum(1, keepdim=True)
+        # With as many steps as masks, `"event"` reveals one by one. Else a call is for all that have the same step.
+        exact = (number <= steps) & (self.config.predictor == "event")
+        first = torch.ones_like(free)
+        first[:, 1:] = exact | (step[:, 1:] != step[:, :-1])
+        call = ((first & (step < steps)).cumsum(1) - 1).masked_fill(step == steps, sites)
+        own_step = torch.zeros(rows, sites + 1, dtype=torch.long).scatter_(1, call, step)[:, :sites]
+        # One by one, the network is told the noise at which that many masks are usual.
+        left = (number - torch.arange(sites)).clamp(min=0).double() / sites
+        levels = self.sigma(self._times)[own_step]
+        levels = torch.where(exact, self.sigma(self.noise.time(left)), levels)
+        total = int(call.masked_fill(call == sites, -1).max()) + 1
+        call = torch.empty_like(call).scatter_(1, order, call)
         self._calls = [planned_call(call == index, draws) for index in range(total)]
-        return sigmas[:, :total].T
+        return levels[:, :total].T
 
     def _plan_remasking(self, free: torch.Tensor) -> None:
         """
@@ -890,8 +886,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
     def _plan_counts(self, free: torch.Tensor) -> torch.Tensor:
         """What `"confidence"` reveals per call and sample: as many as the schedule on average, and at least one."""
         numbers = free.sum(1)
-        calls = min(self.num_inference_steps, int(numbers.max()))
-        own_calls = numbers.clamp(max=self.num_inference_steps)
+        own_calls = numbers.clamp(max=len(self._masked) - 1)
+        calls = int(own_calls.max())
         done = torch.arange(calls + 1)[:, None]
         times = (1 - done / own_calls.clamp(min=1).double()).clamp(min=0)
         masked = self.noise.masked(times)
@@ -958,19 +954,18 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
             output = output.gather(1, positions[..., None].expand(-1, -1, output.shape[2]))
         revealed = draw_tokens(self._restricted(output), call.draws)
         tokens = F.pad(tokens, (0, 1)).scatter(1, call.targets, revealed)[:, :-1]
-        return tokens if call.remasked is None else tokens.masked_fill(call.remasked, self.mask_token_id)
+        return tokens if call.remasked is None else tokens.masked_fill(call.remasked, self.config.vocab_size)
 
     def _reveal_confident(
         self, output: torch.Tensor, tokens: torch.Tensor, index: int, generator: Generators
     ) -> torch.Tensor:
-        noise, draws = uniforms((len(tokens), 2, tokens.shape[1]), generator or self._generator, tokens.device).unbind(
-            1
-        )
+        shape = len(tokens), 2, tokens.shape[1]
+        noise, draws = uniforms(shape, generator or self._generator, tokens.device).unbind(1)
         left, after = self._counts[index], self._counts[index + 1]
         share = (left / self._counts[0].clamp(min=1))[:, None]
         confidence = output.amax(-1) - output.logsumexp(-1)
         confidence = confidence - self.config.confidence_noise * share * torch.log(-torch.log(noise + 1e-300))
-        confidence = confidence.masked_fill(tokens != self.mask_token_id, -math.inf)
+        confidence = confidence.masked_fill(tokens != self.config.vocab_size, -math.inf)
         positions = confidence.topk(self._most[index], -1).indices
         revealed = output.gather(1, positions[..., None].expand(-1, -1, output.shape[2]))
         revealed = draw_tokens(self._restricted(revealed), draws.gather(1, positions))
@@ -979,13 +974,13 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
 
     def _jump(self, output: torch.Tensor, tokens: torch.Tensor, index: int, draws: torch.Tensor) -> torch.Tensor:
         """A step in which the network says what moves: scores that are not normalised, or the uniform graph."""
-        last = index == self.num_inference_steps - 1
+        last = index == len(self.timesteps) - 1
         if self.absorbing:
             probability = self._reveal_probabilities()[index].item()
-            is_mask = tokens == self.mask_token_id
+            is_mask = tokens == self.config.vocab_size
             log_mass = torch.logsumexp(output, -1, keepdim=True) - math.log(self.config.vocab_size)
             weights = torch.where(is_mask[..., None], probability * (log_mass + self._restricted(output)).exp(), 0)
-            return draw_jumps(weights, tokens, draws, certain=is_mask & last)
+            return draw_jumps(weights, tokens, draws, is_mask if last else None)
         weights = self._uniform_weights(output, tokens, index, last).scatter(-1, tokens[..., None], 0)
         total = weights.sum(-1, keepdim=True)
         if (self.config.temperature, self.config.top_k, self.config.top_p) != (1.0, None, None):
@@ -1000,8 +995,8 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
             return self._denoised_law(output, tokens, 0.0, sigma)
         if self.config.predictor == "analytic":
             return self._denoised_law(output, tokens, self.noise.sigma(t_next).item(), sigma)
-        scores = self.log_score(output, tokens, t.to(output.device)).exp()
-        rate = self.noise.sigma_slope(t).item() / self.num_inference_steps
+        scores = self.log_score(output, tokens, output.new_full((1,), t.item())).exp()
+        rate = self.noise.sigma_slope(t).item() / len(self.timesteps)
         return rate * self.graph.transposed_rate(tokens, scores.dtype) * scores
 
     def _denoised_law(
