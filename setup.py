@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py as _build_py
 
 
 FOLDERS = ("data", "models", "pipelines", "schedulers", "training")
-SCRIPTS = ("audio_to_images", "train_unet")
+SCRIPTS = ("audio_to_images", "train_codec", "train_unet")
 
 
 class build_py(_build_py):

@@ -25,6 +25,11 @@ def mu_law_levels(mu: int) -> torch.Tensor:
     return companded.sign() * torch.expm1(companded.abs() * math.log1p(mu)) / mu
 
 
+def silence_after(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sounds (batch, samples) without what comes after their lengths."""
+    return waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
+
+
 def prepare_waveform(
     waveform: torch.Tensor, sampling_rate: int, own_rate: int, lengths: torch.Tensor | list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,7 +50,7 @@ def prepare_waveform(
             raise ValueError(
                 f"lengths are {waveform.shape[0]} numbers from 1 to {waveform.shape[1]}, not {lengths.tolist()}."
             )
-        waveform = waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
+        waveform = silence_after(waveform, lengths)
     if not waveform.sum().isfinite():  # one pass, and anything that is no number spreads to the sum
         row, sample = (~waveform.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"Sample {sample} of waveform {row} is not a finite number.")
@@ -54,7 +59,9 @@ def prepare_waveform(
         resampled = soxr.resample(waveform.T.cpu().numpy(), sampling_rate, own_rate, quality="HQ")
         resampled = np.pad(resampled, [(0, max(0, samples - len(resampled))), (0, 0)])[:samples]
         waveform = torch.from_numpy(np.ascontiguousarray(resampled.T)).to(waveform.device)
-        lengths = None if lengths is None else -(-lengths * own_rate // int(sampling_rate))
+        if lengths is not None:  # what resampling makes of the end of a sound reaches beyond it
+            lengths = -(-lengths * own_rate // int(sampling_rate))
+            waveform = silence_after(waveform, lengths)
     return waveform, lengths
 
 
@@ -134,7 +141,7 @@ class MuLawTokenizer(ModelMixin, ConfigMixin):
             lengths (*optional*): The samples of each row; what comes after them is taken for silence.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. Silence completes the last frame.
+            `torch.Tensor` of shape `(batch, num_codebooks, num_frames(samples))`, int64. The last one ends in silence.
         """
         waveform, _ = prepare_waveform(waveform, sampling_rate, self.sampling_rate, lengths)
         missing = -waveform.shape[1] % self.hop_length

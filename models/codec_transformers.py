@@ -15,6 +15,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 KINDS = ("encodec", "dac", "mimi")
 
 
+def silence_after(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sounds (batch, samples) without what comes after their lengths."""
+    return waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
+
+
 def prepare_waveform(
     waveform: torch.Tensor, sampling_rate: int, own_rate: int, lengths: torch.Tensor | list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -35,7 +40,7 @@ def prepare_waveform(
             raise ValueError(
                 f"lengths are {waveform.shape[0]} numbers from 1 to {waveform.shape[1]}, not {lengths.tolist()}."
             )
-        waveform = waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
+        waveform = silence_after(waveform, lengths)
     if not waveform.sum().isfinite():  # one pass, and anything that is no number spreads to the sum
         row, sample = (~waveform.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"Sample {sample} of waveform {row} is not a finite number.")
@@ -44,7 +49,9 @@ def prepare_waveform(
         resampled = soxr.resample(waveform.T.cpu().numpy(), sampling_rate, own_rate, quality="HQ")
         resampled = np.pad(resampled, [(0, max(0, samples - len(resampled))), (0, 0)])[:samples]
         waveform = torch.from_numpy(np.ascontiguousarray(resampled.T)).to(waveform.device)
-        lengths = None if lengths is None else -(-lengths * own_rate // int(sampling_rate))
+        if lengths is not None:  # what resampling makes of the end of a sound reaches beyond it
+            lengths = -(-lengths * own_rate // int(sampling_rate))
+            waveform = silence_after(waveform, lengths)
     return waveform, lengths
 
 
@@ -73,11 +80,12 @@ def cross_fade(pieces: list[torch.Tensor], overlap: int) -> torch.Tensor:
 
 class TransformersCodec(ModelMixin, ConfigMixin):
     r"""
-    EnCodec, DAC or Mimi of transformers as an audio tokenizer: mono sound to codes (batch, codebooks, frames) and back.
+    EnCodec, DAC or Mimi of transformers as an audio tokenizer: mono sound to codes (batch, codebooks, frames), and
+    back.
 
-    Every sound is first completed to whole frames with silence, and sounds of different numbers of frames are encoded
-    apart: the codes of a sound do not depend on what else is in the batch. [`~TransformersCodec.from_transformers`]
-    loads a codec by its name on the Hub, `save_pretrained` and `from_pretrained` keep it as part of a pipeline.
+    Silence completes a sound to whole frames, and sounds of different numbers of frames are encoded apart: the codes
+    of a sound do not depend on what else is in the batch. `from_transformers` loads a codec by its name on the Hub,
+    `save_pretrained` and `from_pretrained` keep it as part of a pipeline.
 
     Args:
         codec_config (`dict`): The configuration of the model in transformers, with its `model_type`.

@@ -179,7 +179,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Refuses values without a meaning, and applies `--test`."""
     if args.test:
         shrink(args)
-    if not args.dataset_name:
+    if not (args.dataset_name or getattr(args, "input_dir", None)):
         parser.error("--dataset_name is needed: a folder made by audio_to_images.py, or a Hub id")
     least = dict.fromkeys(
         ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",

@@ -198,7 +198,7 @@ class TrainingData:
     validation: "datasets.Dataset | None"  # at most --max_validation_samples rows
     read: Callable[[dict, list[int]], dict]
     sample_shape: tuple[int, int, int]
-    sigma_data: float
+    sigma_data: float = SIGMA_DATA
     class_names: list[str] = field(default_factory=list)
     mel: MelSpectrogram | None = None
 

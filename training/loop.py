@@ -149,7 +149,7 @@ def train(
     model: torch.nn.Module,
     data: TrainingData,
     compute_loss: Callable[[Callable, dict, list[torch.Generator]], torch.Tensor],
-    generate: Callable[[torch.nn.Module, int], None] | None = None,
+    generate: Callable[[torch.nn.Module, int], dict[str, float] | None] | None = None,
     run: dict | None = None,
     name: str = "unet",
 ) -> torch.nn.Module | None:
@@ -159,7 +159,8 @@ def train(
     Args:
         args: The flags of `add_data_arguments` and `add_training_arguments`.
         compute_loss: The loss of a batch: of the network to call, the batch, and one generator per sample.
-        generate: Makes samples with a network after a number of steps; called by the main process.
+        generate: Makes samples with a network after a number of steps, and may return numbers to report; called by
+            the main process.
         run: What must be the same when the run is resumed.
         name: What to call the network's subfolder.
     """
@@ -257,8 +258,8 @@ def train(
                     break
                 if validating:
                     report({"validation_loss": validation_loss(args, accelerator, best, data, compute_loss)})
-                    if generate is not None and accelerator.is_main_process:
-                        generate(best, step)
+                    if generate is not None and accelerator.is_main_process and (values := generate(best, step)):
+                        report(values)
                     accelerator.wait_for_everyone()
                     network.train()
                 measurements.start = time.monotonic()
