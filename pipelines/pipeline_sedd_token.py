@@ -107,8 +107,9 @@ def guided_logits(without: torch.Tensor, towards: torch.Tensor, guidance_scale: 
     that the former have. The sum is the rate of unmasking if logits are scores: guidance must not change it.
     """
     law, base = towards.log_softmax(-1), without.log_softmax(-1)
-    guided = (base + guidance_scale * (law - base)).log_softmax(-1)
-    return guided + towards.logsumexp(-1, keepdim=True)
+    guided = base + guidance_scale * (law - base)
+    guided = torch.where(towards == -torch.inf, towards, guided)  # what cannot be remains impossible
+    return guided.log_softmax(-1) + towards.logsumexp(-1, keepdim=True)
 
 
 class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):

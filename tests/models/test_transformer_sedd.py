@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tonefield import SEDDTransformer1DModel
-from tonefield.models.transformer_sedd import PRESETS, noise_features, rotary_angles, rotate
+from tonefield.models.transformer_sedd import PRESETS, SEDDTransformerBlock, noise_features, rotary_angles, rotate
 
 
 def network(seed=0, **config):
@@ -367,8 +367,15 @@ def test_bfloat16_keeps_a_float32_head():
         assert (logits != logits.bfloat16()).float().mean() > 0.9
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+def test_gradient_checkpointing_changes_no_gradient(monkeypatch):
+    gradients, calls = [], []
+    forward = SEDDTransformerBlock.forward
+
+    def counted(*arguments):
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(SEDDTransformerBlock, "forward", counted)
     for checkpointing in (False, True):
         model = network(num_classes=2, text_dim=4).train()
         if checkpointing:
@@ -379,6 +386,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     # What stands in the null condition's row of a table or in the mask's row of the head has none.
     assert len(gradients[0]) == len(list(model.parameters()))
     torch.testing.assert_close(gradients[0], gradients[1])
+    assert len(calls) == 2 + 2 * 2  # two blocks, with checkpointing once more for the gradient
 
 
 def test_dropout_only_in_training():

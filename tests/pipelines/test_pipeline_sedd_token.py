@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import tonefield
-from tonefield import MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline
+from tonefield import FSQCodec, MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
 from tonefield.models.token_layouts import apply_layout, undo_layout
+from tonefield.pipelines.pipeline_sedd_token import guided_logits
 
 
 def table_pipe(books=1, frames=3, classes=1, layout="parallel", vocab_size=3, **scheduler):
@@ -99,6 +100,16 @@ def test_law_of_classes_and_guidance():
     tokens = pipe(class_labels=[0, 1] * 6000, num_frames=1, generator=seeds(4)[0], output_type="tokens").tokens
     assert_law(counts(tokens[0::2], 5), table[0])
     assert_law(counts(tokens[1::2], 5), table[1])
+
+
+def test_guidance_moves_no_mass_between_masks_and_tokens():
+    """In float64, by probabilities: p^w q^(1 - w), normalised to the sum of e^logits of p."""
+    towards, without = torch.randn(2, 3, 5, dtype=torch.float64, generator=seeds(0)[0])
+    towards[0, 1] = without[0, 1] = -torch.inf
+    p, q = (logits.exp() / logits.exp().sum(-1, keepdim=True) for logits in (towards, without))
+    law = p**3 / torch.where(q > 0, q, 1) ** 2
+    expected = law / law.sum(-1, keepdim=True) * towards.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(guided_logits(without, towards, 3.0).exp(), expected)
 
 
 def test_law_of_long_sounds():
@@ -316,6 +327,22 @@ def test_a_loop_of_given_sound(sound):
     assert torch.equal(result[0, 24:80], sound[24:80]) and not torch.equal(result[0, :24], sound[:24])
     bridged = real_pipe()(audio=sound, audio_length_in_s=0.04, loop=True, overlap_in_s=0.01, output_type="pt")
     assert bridged.audios.shape == (1, 320) and torch.equal(bridged.audios[0, 80:176], sound[80:176])
+
+
+def test_loops_go_through_the_codec_as_rings():
+    """A codec that sees its surroundings codes and decodes a turned loop as a turned loop."""
+    torch.manual_seed(0)
+    codec = FSQCodec(8000, 32, 128, (4, 4), width=16, encoder_layers=2, decoder_layers=2)
+    transformer = SEDDTransformer1DModel(16, hidden_size=8, num_layers=1, num_heads=1)
+    pipe = quiet(SEDDTokenPipeline(transformer, ScoreEntropyScheduler(vocab_size=16), codec))
+    audio = 0.3 * torch.randn(1, 40 * 32)
+    keep = dict(mask=[False] * 40, loop=True, output_type="pt")
+    result, turned = pipe(audio=audio, **keep), pipe(audio=audio.roll(13 * 32, 1), **keep)
+    assert torch.equal(turned.tokens, result.tokens.roll(13, 2)) and torch.equal(result.audios, audio)
+    assert not torch.equal(codec.encode(audio, 8000), result.tokens)
+    sounds = [pipe(tokens=tokens, **keep).audios for tokens in (result.tokens, turned.tokens)]
+    torch.testing.assert_close(sounds[1], sounds[0].roll(13 * 32, 1), atol=1e-5, rtol=0)
+    assert not torch.allclose(codec.decode(result.tokens), sounds[0], atol=1e-3)
 
 
 def test_long_sound_is_edited_in_windows(sound):
