@@ -133,7 +133,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->audio_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _exclude_from_cpu_offload = ["audio_tokenizer"]  # noqa: RUF012
     _optional_components = ["tokenizer", "text_encoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
 
@@ -590,7 +591,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         window, overlap = self._read_windows(frames, overlap_in_s)
         canvas = self._read_canvas(waveform, codes, mask, num_samples, frames, loop)
 
-        rows = {"audio": len(canvas.codes), "mask": len(canvas.new_frames)}
+        rows = {"tokens" if audio is None else "audio": len(canvas.codes), "mask": len(canvas.new_frames)}
         rows["class_labels"] = 1 if labels is None else len(labels)
         for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             rows[name] = len(texts) if isinstance(texts, list) else 1
