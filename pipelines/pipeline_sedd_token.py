@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 Sounds = torch.Tensor | np.ndarray
-Labels = int | list[int] | torch.Tensor | None
+Labels = int | str | list[int | str] | torch.Tensor | np.ndarray | None
 Prompts = str | list[str] | None
 
 EXAMPLE_DOC_STRING = """
@@ -131,6 +131,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Encodes prompts, such as a `T5EncoderModel`.
         card (`dict`, *optional*):
             What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
+        label2id (`dict[str, int]`, *optional*):
+            The names of the classes and their labels, so that sounds can be asked for by name.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -146,6 +148,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         card: dict | None = None,
+        label2id: dict[str, int] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -155,7 +158,11 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
         )
-        self.register_to_config(card=card)
+        if label2id is not None:
+            label2id = dict(sorted(label2id.items(), key=lambda item: item[1]))  # a file knows no order
+            if list(label2id.values()) != list(range(self.num_classes)):
+                raise ValueError(f"label2id is {label2id}: name each of the network's {self.num_classes} classes.")
+        self.register_to_config(card=card, label2id=label2id)
         self._check_components()
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -208,7 +215,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
-        call = 'pipe(prompt="a piano")' if self.text_encoder is not None else "pipe()"
+        label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
+        call = 'pipe(prompt="a piano")' if self.text_encoder is not None else f"pipe({label})"
         return (
             f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = {call}\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
@@ -345,13 +353,18 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
         if class_labels is None:
             return None
-        labels = torch.as_tensor(class_labels).reshape(-1)
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.reshape(-1).tolist()
+        given = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if self.num_classes == 0:
-            raise ValueError(f"class_labels is {labels.tolist()}, but the network has no classes: leave it out.")
-        wrong = [label for label in labels.tolist() if label not in range(self.num_classes)]
-        if wrong:
-            raise ValueError(f"class_labels holds {wrong[0]}: labels are 0 to {self.num_classes - 1}.")
-        return labels.to(self._execution_device, torch.long)
+            raise ValueError(f"class_labels is {given}, but the network has no classes: leave it out.")
+        ids = self.config.label2id or {}
+        for label in given:
+            if label not in (ids if isinstance(label, str) else range(self.num_classes)):
+                names = f", or {', '.join(ids)}" if ids else ""
+                raise ValueError(f"class_labels holds {label!r}: labels are 0 to {self.num_classes - 1}{names}.")
+        labels = [ids[label] if isinstance(label, str) else label for label in given]
+        return torch.tensor(labels, device=self._execution_device, dtype=torch.long)
 
     def encode_prompt(self, prompt: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of texts, `(texts, words, text_dim)`, and where there are words, `(texts, words)`."""
@@ -531,7 +544,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 How many sounds; as many as there are in `prompt`, `class_labels`, `audio`, `tokens` or `mask` when
                 those are several.
             prompt (`str` or `list[str]`, *optional*): One text for all, or one per sound.
-            class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            class_labels (`int`, `str` or a list of them, *optional*):
+                One label for all, or one per sound: a number, or a name of `pipe.config.label2id`.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 1 follows the condition as it was learnt, more exaggerates it, 0 forgets it.
             audio_length_in_s (`float`, *optional*): Length in seconds.

@@ -343,6 +343,9 @@ def test_loops_go_through_the_codec_as_rings():
     sounds = [pipe(tokens=tokens, **keep).audios for tokens in (result.tokens, turned.tokens)]
     torch.testing.assert_close(sounds[1], sounds[0].roll(13 * 32, 1), atol=1e-5, rtol=0)
     assert not torch.allclose(codec.decode(result.tokens), sounds[0], atol=1e-3)
+    codec.head[1].bias.data += 5  # a codec that is too loud
+    assert codec.decode(result.tokens).abs().max() > 1
+    assert pipe(tokens=result.tokens, **keep).audios.abs().max() == 1
 
 
 def test_long_sound_is_edited_in_windows(sound):
@@ -508,6 +511,20 @@ def test_bad_input(given, message, monkeypatch):
 def test_nothing_stays_in_the_uniform_graph(given):
     with pytest.raises(ValueError, match="which the uniform graph does not have"):
         real_pipe(graph_type="uniform", time_conditioning=True)(**given)
+
+
+def test_classes_by_name(text_pipe, tmp_path):
+    names = {"zero": 0, "one": 1}
+    pipe = quiet(SEDDTokenPipeline(**text_pipe.components, label2id=names))
+    pipe.save_pretrained(tmp_path)
+    pipe = quiet(tonefield.load(tmp_path))
+    arguments = dict(num_frames=6, num_inference_steps=6, output_type="tokens")
+    named = pipe(class_labels=["one", "zero", 1], generator=seeds(0, 1, 2), **arguments).tokens
+    assert torch.equal(named, pipe(class_labels=[1, 0, 1], generator=seeds(0, 1, 2), **arguments).tokens)
+    with pytest.raises(ValueError, match="holds 'two': labels are 0 to 1, or zero, one"):
+        pipe(class_labels="two")
+    with pytest.raises(ValueError, match="name each of the network's 2 classes"):
+        SEDDTokenPipeline(**text_pipe.components, label2id={"zero": 0})
 
 
 def test_lengths_must_be_known():
