@@ -300,6 +300,14 @@ def test_frames_that_are_new_in_part_are_new(sound):
     assert changed.nonzero()[:, 0].tolist() == [10, 11, 12, 13, 14]
 
 
+@pytest.mark.parametrize("layout", ["parallel", "flatten", "codebook_major"])
+def test_kept_codes_come_back_in_every_layout(layout):
+    codes, mask = torch.randint(256, (1, 3, 6)), torch.tensor([False, True, False, False, True, True])
+    result = real_pipe(hop=3, layout=layout)(8, tokens=codes, mask=mask, output_type="tokens").tokens
+    assert (result == codes)[..., ~mask].all()
+    assert (result != codes)[..., mask].any(dim=0).all()
+
+
 def test_continuation(sound):
     result = real_pipe()(audio=sound[:98], audio_length_in_s=0.02, output_type="pt")
     assert result.audios.shape == (1, 160) and result.tokens.shape == (1, 4, 40)
