@@ -113,7 +113,7 @@ def make_codec(args):
 
 
 def make_mel(sampling_rate: int):
-    """What the mel distance is taken of: 64 bands (fewer at very low rates), windows of about 64 ms, a range of 80 dB."""
+    """What the mel distance is taken of: 64 bands or, at low rates, fewer; windows of about 64 ms; 80 dB."""
     from tonefield.models import MelSpectrogram
     from tonefield.training.spectral import window_sizes
 
@@ -210,7 +210,8 @@ def main(args: argparse.Namespace) -> None:
     sizes, mel = window_sizes(codec.sampling_rate), make_mel(codec.sampling_rate)
 
     def compute_loss(network, batch, generators):
-        return codec_loss(network(batch["clean"]).sample, batch["clean"], sizes, args.waveform_weight)
+        sound, _ = network(batch["clean"], return_dict=False)
+        return codec_loss(sound, batch["clean"], sizes, args.waveform_weight)
 
     def generate(network, step: int) -> dict[str, float]:
         values, pairs = measure(network, held_out, mel.to(accelerator.device))

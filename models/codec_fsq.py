@@ -230,14 +230,15 @@ class FSQCodec(ModelMixin, ConfigMixin):
         self.encoder = nn.ModuleList(
             Block(width, expansion, kernel_size, 1 / encoder_layers) for _ in range(encoder_layers)
         )
-        self.to_latents = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latents))
+        project, predict = nn.Linear(width, latents), nn.Linear(width, 2 * bins)
+        nn.init.normal_(project.weight, std=width**-0.5)  # latents of unit variance, which use all codes
+        nn.init.constant_(predict.bias[:bins], -4.0)  # begin quietly
+        self.to_latents = nn.Sequential(nn.LayerNorm(width), project)
         self.from_latents = nn.Sequential(nn.Linear(latents, width), nn.LayerNorm(width))
         self.decoder = nn.ModuleList(
             Block(width, expansion, kernel_size, 1 / decoder_layers) for _ in range(decoder_layers)
         )
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * bins))
-        nn.init.normal_(self.to_latents[1].weight, std=width**-0.5)  # unit variance, which uses all codes
-        nn.init.constant_(self.head[1].bias[:bins], -4.0)  # begin quietly
+        self.head = nn.Sequential(nn.LayerNorm(width), predict)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "FSQCodec":
@@ -286,8 +287,8 @@ class FSQCodec(ModelMixin, ConfigMixin):
         x = self.embed_norm(self.embed(torch.cat([magnitude.log() / 4, compressed], dim=-1).to(self.dtype)))
         mask = None
         if lengths is not None:
-            frames = torch.arange(x.shape[1], device=x.device)
-            mask = (frames < self.num_frames(lengths)[:, None])[..., None].to(x.dtype)
+            starts = torch.arange(x.shape[1], device=x.device) * self.hop_length
+            mask = (starts < lengths[:, None])[..., None].to(x.dtype)
         for block in self.encoder:
             x = block(x, mask)
         return self.to_latents(x).float().unflatten(-1, (self.num_codebooks, -1))

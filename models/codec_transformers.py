@@ -3,13 +3,14 @@
 import hashlib
 import json
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import soxr
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 
 KINDS = ("encodec", "dac", "mimi")
@@ -93,6 +94,8 @@ class TransformersCodec(ModelMixin, ConfigMixin):
             How many codebooks to use: residual codecs refine with each one. By default as many as the codec itself.
     """
 
+    codec: Any  # of a class of transformers
+
     @register_to_config
     def __init__(self, codec_config: dict, num_codebooks: int | None = None):
         super().__init__()
@@ -100,7 +103,7 @@ class TransformersCodec(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"{codec_config.get('model_type')!r} is no codec that is known here: those are {', '.join(KINDS)}."
             )
-        self.codec: PreTrainedModel = AutoModel.from_config(AutoConfig.for_model(**codec_config)).eval()
+        self.codec = AutoModel.from_config(AutoConfig.for_model(**codec_config)).eval()
         c = self.codec.config
         if c.model_type == "encodec" and (c.normalize or c.audio_channels != 1 or c.chunk_length_s is not None):
             raise ValueError(
@@ -176,7 +179,7 @@ class TransformersCodec(ModelMixin, ConfigMixin):
         if lengths is None:
             return self._encode(waveform)
         codes = torch.zeros(batch, self.num_codebooks, frames, dtype=torch.long, device=self.device)
-        counts = self.num_frames(lengths).to(self.device)
+        counts = -(-lengths.to(self.device) // self.hop_length)
         for count in counts.unique().tolist():
             rows = counts == count
             codes[rows, :, :count] = self._encode(waveform[rows, : count * self.hop_length])

@@ -185,7 +185,10 @@ def test_test_switch(mels, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "-codec-" not in path.stem]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_read(recipe):
     args = train_unet.parse_args([f"--config={recipe}", "--dataset_name=x"])
     assert args.max_train_steps > 1

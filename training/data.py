@@ -54,13 +54,13 @@ class Shares:
 class EndlessRows(Dataset):
     """
     Args:
-        rows: A dataset with a length.
+        rows: A dataset with a length, or what else gives a dictionary of columns for a list of row numbers.
         read: Makes a dictionary of tensors from a dictionary of columns and the positions of its rows.
         seed: Decides the order.
         extra: How many more rows to read with each batch, as `charges`, from a second sequence.
     """
 
-    def __init__(self, rows: datasets.Dataset, read: Callable[[dict, list[int]], dict], seed: int, extra: int = 0):
+    def __init__(self, rows: Any, read: Callable[[dict, list[int]], dict], seed: int, extra: int = 0):
         self.rows, self.read, self.seed, self.extra = rows, read, seed, extra
         self._orders: dict[str, tuple[int, torch.Tensor]] = {}
 
@@ -195,7 +195,7 @@ class TrainingData:
     """What a trainer needs to know of a dataset."""
 
     train: EndlessRows | EndlessStream
-    validation: "datasets.Dataset | None"  # at most --max_validation_samples rows
+    validation: Any  # rows like those of `EndlessRows`, or None: at most --max_validation_samples rows
     read: Callable[[dict, list[int]], dict]
     sample_shape: tuple[int, int, int]
     sigma_data: float = SIGMA_DATA

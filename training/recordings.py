@@ -135,9 +135,8 @@ def open_recordings(path: Path) -> Recordings:
 
 def hold_out(recordings: list[Recording], fraction: float) -> tuple[list[Recording], list[Recording]]:
     """Whole recordings for training and for validation; which is which follows from their names alone."""
-    held = set(sorted(range(len(recordings)), key=lambda i: derive_seed("held out", recordings[i].name))[
-        : max(1, round(fraction * len(recordings)))
-    ])  # fmt: skip
+    order = sorted(range(len(recordings)), key=lambda i: derive_seed("held out", recordings[i].name))
+    held = set(order[: min(max(1, round(fraction * len(recordings))), len(recordings) - 1)])
     return (
         [recording for i, recording in enumerate(recordings) if i not in held],
         [recording for i, recording in enumerate(recordings) if i in held],

@@ -34,7 +34,8 @@ def spectral_distances(
     for size in sizes:
         ours, theirs = magnitudes(estimate, size), magnitudes(target, size)
         level = theirs.square().mean((1, 2)).sqrt().clamp(min=SILENCE)
-        convergence.append((ours - theirs).square().mean((1, 2)).sqrt() / level)
+        error = (ours - theirs).square().mean((1, 2)).clamp(min=1e-12)  # a root has no gradient at 0
+        convergence.append(error.sqrt() / level)
         logarithmic.append((ours.log() - theirs.log()).abs().mean((1, 2)))
     return torch.stack(convergence).mean(0), torch.stack(logarithmic).mean(0)
 

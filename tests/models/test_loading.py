@@ -11,9 +11,11 @@ from tonefield.models import FSQCodec, MelSpectrogram, MuLawTokenizer, Transform
 
 def test_by_name_and_from_folders(tmp_path):
     torch.manual_seed(0)
-    dac = DacModel(DacConfig(encoder_hidden_size=4, decoder_hidden_size=8, downsampling_ratios=[4], upsampling_ratios=[4],
-                             n_codebooks=2, codebook_size=16, codebook_dim=2, hop_length=4))  # fmt: skip
-    dac.save_pretrained(tmp_path / "dac")
+    config = DacConfig(
+        encoder_hidden_size=4, decoder_hidden_size=8, downsampling_ratios=[4], upsampling_ratios=[4], n_codebooks=2,
+        codebook_size=16, codebook_dim=2, hop_length=4,
+    )  # fmt: skip
+    DacModel(config).save_pretrained(tmp_path / "dac")
     tokenizers = {
         "mulaw": MuLawTokenizer(4000, 2),
         "fsq": FSQCodec(8000, 80, 160, (3, 3), 1, 8, 1, 1),
