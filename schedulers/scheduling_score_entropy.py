@@ -74,7 +74,7 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
         origin = source.device if source is not None else device
         dtype = torch.float32 if origin.type == "mps" else torch.float64
         parts.append(torch.rand(rows, *shape[1:], generator=source, device=origin, dtype=dtype))
-    return torch.cat(parts).to(device, non_blocking=True)
+    return torch.cat(parts).to(device, non_blocking=device.type != "cpu")  # a copy to the CPU is read at once
 
 
 def unit_vectors(tokens: torch.Tensor, states: int, dtype: torch.dtype) -> torch.Tensor:
@@ -1008,13 +1008,13 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         With pi, the law of the clean token given the other positions, it is Bayes' rule, which needs no difference of
         large numbers: (alpha' pi_z + m' / N) exp(-(sigma - sigma') Q)[z, x] / (alpha pi_x + m / N).
         """
-        output = accurate(output)
-        delta = output.new_full(tokens.shape, sigma - sigma_next)
-        likelihood = self.graph.transposed_transition(tokens, delta)
-        if self.config.parameterization == "score":
-            scores = output.scatter(-1, tokens[..., None], 0).exp()
-            return (self.graph.staggered_score(scores, delta) * likelihood).clamp(min=0)
-        n, pi = self.config.vocab_size, output.softmax(-1)
-        law = (math.exp(-sigma_next) * pi - math.expm1(-sigma_next) / n) * likelihood
-        evidence = math.exp(-sigma) * pi.gather(-1, tokens[..., None]) - math.expm1(-sigma) / n
-        return law / evidence
+        n, delta, own = self.config.vocab_size, sigma - sigma_next, tokens[..., None]
+        if self.config.parameterization == "score":  # with differences, in float64
+            scores = accurate(output).scatter(-1, own, 0).exp()
+            deltas = scores.new_full(tokens.shape, delta)
+            law = self.graph.staggered_score(scores, deltas) * self.graph.transposed_transition(tokens, deltas)
+            return law.clamp(min=0)
+        pi = output.softmax(-1)
+        prior = math.exp(-sigma_next) * pi - math.expm1(-sigma_next) / n
+        law = (-math.expm1(-delta) / n * prior).scatter_add(-1, own, math.exp(-delta) * prior.gather(-1, own))
+        return law / (math.exp(-sigma) * pi.gather(-1, own) - math.expm1(-sigma) / n)

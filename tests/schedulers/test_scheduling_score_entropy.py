@@ -18,6 +18,7 @@ from tonefield.schedulers.scheduling_score_entropy import (
     draw_tokens,
     guided_logits,
     restrict_tokens,
+    uniforms,
 )
 
 
@@ -566,7 +567,7 @@ def test_bound_of_the_uniform_graph(schedule, parameterization):
     """With the true score its mean is known: the drop of information, what is left to guess, and the divergence."""
     p0 = law(3, 2)
     scheduler = ScoreEntropyScheduler(
-        3, "uniform", schedule, parameterization=parameterization, sigma_min=0.05, sigma_max=3.0
+        3, "uniform", schedule, parameterization=parameterization, sigma_min=0.05, sigma_max=1.0
     )
     oracle = Oracle(p0, scheduler)
     tokens = sequences(3, 2)[torch.multinomial(p0.flatten(), 8000, replacement=True, generator=seeded())]
@@ -603,6 +604,10 @@ def test_counting_masks_is_unbiased_and_steadier():
         means[t_sampling], spreads[t_sampling] = np.mean(batches), np.std(batches)
         assert means[t_sampling] == pytest.approx(truth * (1 if t_sampling == "mask_count" else 1 - 1e-3), rel=0.02)
     assert spreads["mask_count"] < 0.5 * min(spreads["stratified"], spreads["uniform"], spreads["importance"])
+    for schedule in ("loglinear", "cosine"):  # the weights are a ratio of two densities, of mean 1
+        other = ScoreEntropyScheduler(n, noise_schedule=schedule, sampling_eps=0.2)
+        weight = other.sample_noisy(clean, seeded(), t_sampling="importance")[2]
+        assert weight.mean().item() == pytest.approx(1, abs=0.02)
     counts = (scheduler.sample_noisy(clean[:12], seeded(), t_sampling="mask_count")[0] == n).sum(1)
     assert sorted(counts.tolist()) == list(range(1, 13))  # one of each
     spread = scheduler.sample_noisy(clean, seeded(), t_sampling="stratified")[1]
@@ -810,16 +815,32 @@ def test_small_probabilities_survive():
     grid = (torch.arange(2000, dtype=torch.float64)[None] + 0.5) / 2000
     counts = torch.bincount(draw_tokens(weights.log(), grid)[0], minlength=4096)
     assert (counts - expected).abs().max() < 1.01  # draws in equal distances: right to one
+    # A tail of 2000 tokens of 1e-9 each, which the last digit of a float32 sum near 1 does not see
+    tail = torch.cat([torch.tensor([1.0]), torch.full((2000,), 1e-9)]).log()[None, None].expand(1, 2000, -1)
+    from_the_top = 1 - (2000 - 2000 * grid) * 1e-9 / (1 + 2e-6)
+    assert torch.equal(draw_tokens(tail, from_the_top)[0], 1 + torch.arange(2000))
     masks = torch.full((1, 2000), 4096)
+    assert torch.equal(draw_jumps(tail.exp(), masks, from_the_top)[0], 1 + torch.arange(2000))
     for scale in (1e-4, 1e-9):
         total = (scale * weights[0, 0]).double().sum()
         arrived = draw_jumps(scale * weights, masks, grid * total)[0]
         assert (torch.bincount(arrived, minlength=4096) - expected).abs().max() < 1.01
         assert (draw_jumps(scale * weights, masks, total * (1 + grid)) == 4096).all()
+    assert (uniforms((1, 99), seeded(), None) * 2**24 % 1 != 0).all()  # and the draws are not float32's multiples
     too_much = draw_jumps(3 * weights, masks, grid)[0]  # as if there were no staying
     assert (torch.bincount(too_much, minlength=4096) - expected).abs().max() < 1.01
     certain = draw_jumps(1e-9 * weights, masks, grid, torch.tensor(True))[0]
     assert (torch.bincount(certain, minlength=4096) - expected).abs().max() < 1.01
+
+
+def test_impossible_tokens_are_never_drawn():
+    """Not by the first or the last number there is, either."""
+    weights = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0]).expand(1, 2, -1)
+    ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
+    assert draw_tokens(weights.log(), ends).tolist() == [[2, 4]]
+    masks, certain = torch.full((1, 2), 6), torch.tensor(True)
+    assert draw_jumps(weights, masks, ends, certain).tolist() == [[2, 4]]
+    assert draw_jumps(0 * weights, masks, ends).tolist() == [[6, 6]]
 
 
 @pytest.mark.parametrize("predictor", ["event", "analytic"])
@@ -837,6 +858,20 @@ def test_no_truncation_at_16384_steps(predictor):
     binned = torch.zeros(len(edges)).index_add_(0, bins, observed)[1:]
     expected = torch.zeros(len(edges), dtype=torch.float64).index_add_(0, bins, weights / weights.sum())[1:]
     assert stats.chisquare(binned.numpy(), (expected * observed.sum()).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("predictor", ["analytic", "euler"])
+@pytest.mark.parametrize("log_sum", [-3.0, 3.0])
+def test_scores_with_a_wrong_sum(predictor, log_sum):
+    """Scores that promise too little or too much: no mask is left, and the tokens have the law of their ratios."""
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    scheduler = ScoreEntropyScheduler(4, predictor=predictor, parameterization="score")
+    network = lambda x, t: (weights.log() + log_sum + math.log(4)).expand(*x.shape, -1)  # noqa: E731
+    trace = []
+    tokens = sample(scheduler, network, (5000, 1), 4, seeded(), trace)
+    assert tokens.max() < 4 and fits(tokens, weights) > 1e-3
+    revealed = (trace[1] != 4).double().mean().item()
+    assert revealed == pytest.approx(min(1, 0.25 * math.exp(log_sum)), abs=0.01)
 
 
 def test_euler_is_analytic_for_the_log_linear_schedule():
@@ -1025,11 +1060,19 @@ def test_confidence_reveals_the_surest_first():
     sample(cosine, lambda x, t: torch.zeros(*x.shape, 4), (1, 100), 10, seeded(), trace)
     left = [(x == 4).sum().item() for x in trace]
     assert left == [math.floor(100 * (1 - math.cos(math.pi / 2 * (1 - k / 10))) + 1e-9) for k in range(10)]
-    noisy = scheduler.from_config(scheduler.config, confidence_noise=20.0)
+    # The largest of log-probabilities with Gumbel noise: each position comes first in proportion to its probability,
+    # and with half of the masks left, when half the noise is added, to its square.
+    noisy = scheduler.from_config(scheduler.config, confidence_noise=1.0)
+    surest = logits.softmax(-1).amax(-1).double()
     trace = []
-    sample(noisy, lambda x, t: logits.expand(len(x), -1, -1), (500, 6), 6, seeded(), trace)
-    first = (trace[1] != 4).double().mean(0)
-    assert first.min() > 0.05
+    sample(noisy, lambda x, t: logits.expand(len(x), -1, -1), (10_000, 6), 6, seeded(), trace)
+    first = (trace[1] != 4).sum(0)
+    assert stats.chisquare(first.numpy(), (10_000 * surest / surest.sum()).numpy()).pvalue > 1e-3
+    rest = trace[3] == 4
+    expected = torch.where(rest, surest**2, 0)
+    expected = (expected / expected.sum(1, keepdim=True)).sum(0)
+    fourth = ((trace[4] != 4) & rest).sum(0)
+    assert stats.chisquare(fourth.numpy(), expected.numpy()).pvalue > 1e-3
 
 
 def test_restricted_tokens_against_numpy():
