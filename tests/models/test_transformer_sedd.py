@@ -394,6 +394,11 @@ def test_dropout_only_in_training():
     assert torch.equal(model(tokens).sample, model(tokens).sample)
     model.train()
     assert not torch.equal(model(tokens).sample, model(tokens).sample)
+    # Dropping everything leaves nothing of what the blocks add.
+    model = network(text_dim=4, dropout=1.0).train()
+    dropped = model(tokens, encoder_hidden_states=torch.ones(1, 2, 4)).sample
+    model.blocks = torch.nn.ModuleList()
+    torch.testing.assert_close(dropped, model(tokens).sample)
 
 
 CONFIGS_TO_COMPILE = [
