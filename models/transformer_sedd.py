@@ -1,3 +1,4 @@
+# pyright: reportOptionalCall=false
 """The transformer of score-entropy discrete diffusion: how likely each symbol is, given the other tokens."""
 
 import math
@@ -300,9 +301,10 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
         """Logits at all positions, (batch, tables * length, vocab_size), or at some."""
         length, tables, n = x.shape[1], self.tables, self.config.vocab_size
         # With several heads per frame, as many positions as there are frames are no fewer than all.
-        here = positions is not None and (tables == 1 or positions.shape[1] < length)
-        if here:
-            x = x.gather(1, (positions % length)[..., None].expand(-1, -1, x.shape[2]))
+        few = positions is not None and (tables == 1 or positions.shape[1] < length)
+        here = positions if few else None
+        if here is not None:
+            x = x.gather(1, (here % length)[..., None].expand(-1, -1, x.shape[2]))
         shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)
         x = modulate(self.norm_out(x), shift, scale)
         # The mask is no symbol that a token can be: its row of the head, which the original has, is left out.
@@ -310,8 +312,8 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
         bias = self.head.bias.unflatten(0, (tables, -1))[:, :n].flatten()
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), weight.float(), bias.float()).unflatten(-1, (tables, n))
-        if here:
-            row = (positions // length)[..., None, None].expand(-1, -1, 1, n)
+        if here is not None:
+            row = (here // length)[..., None, None].expand(-1, -1, 1, n)
             logits = logits.gather(2, row)[:, :, 0] if tables > 1 else logits[:, :, 0]
         else:
             logits = logits.transpose(1, 2).flatten(1, 2)

@@ -107,8 +107,9 @@ def guided_logits(without: torch.Tensor, towards: torch.Tensor, guidance_scale: 
     that the former have. The sum is the rate of unmasking if logits are scores: guidance must not change it.
     """
     law, base = towards.log_softmax(-1), without.log_softmax(-1)
-    guided = (base + guidance_scale * (law - base)).log_softmax(-1)
-    return guided + towards.logsumexp(-1, keepdim=True)
+    guided = base + guidance_scale * (law - base)
+    guided = torch.where(towards == -torch.inf, towards, guided)  # what cannot be remains impossible
+    return guided.log_softmax(-1) + towards.logsumexp(-1, keepdim=True)
 
 
 class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
@@ -134,7 +135,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             The names of the classes and their labels, so that sounds can be asked for by name.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->audio_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _exclude_from_cpu_offload = ["audio_tokenizer"]  # noqa: RUF012
     _optional_components = ["tokenizer", "text_encoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
 
@@ -213,7 +215,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     @property
     def card_example(self) -> str:
-        call = 'pipe(prompt="a piano")' if self.text_encoder is not None else "pipe()"
+        label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
+        call = 'pipe(prompt="a piano")' if self.text_encoder is not None else f"pipe({label})"
         return (
             f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = {call}\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
@@ -541,7 +544,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 How many sounds; as many as there are in `prompt`, `class_labels`, `audio`, `tokens` or `mask` when
                 those are several.
             prompt (`str` or `list[str]`, *optional*): One text for all, or one per sound.
-            class_labels (`int` or `list[int]`, *optional*): One label for all, or one per sound.
+            class_labels (`int`, `str` or a list of them, *optional*):
+                One label for all, or one per sound: a number, or a name of `pipe.config.label2id`.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 1 follows the condition as it was learnt, more exaggerates it, 0 forgets it.
             audio_length_in_s (`float`, *optional*): Length in seconds.
@@ -601,7 +605,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         window, overlap = self._read_windows(frames, overlap_in_s)
         canvas = self._read_canvas(waveform, codes, mask, num_samples, frames, loop)
 
-        rows = {"audio": len(canvas.codes), "mask": len(canvas.new_frames)}
+        rows = {"tokens" if audio is None else "audio": len(canvas.codes), "mask": len(canvas.new_frames)}
         rows["class_labels"] = 1 if labels is None else len(labels)
         for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             rows[name] = len(texts) if isinstance(texts, list) else 1

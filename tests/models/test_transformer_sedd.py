@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tonefield import SEDDTransformer1DModel
-from tonefield.models.transformer_sedd import PRESETS, noise_features, rotary_angles, rotate
+from tonefield.models.transformer_sedd import PRESETS, SEDDTransformerBlock, noise_features, rotary_angles, rotate
 
 
 def network(seed=0, **config):
@@ -367,8 +367,15 @@ def test_bfloat16_keeps_a_float32_head():
         assert (logits != logits.bfloat16()).float().mean() > 0.9
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+def test_gradient_checkpointing_changes_no_gradient(monkeypatch):
+    gradients, calls = [], []
+    forward = SEDDTransformerBlock.forward
+
+    def counted(*arguments):
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(SEDDTransformerBlock, "forward", counted)
     for checkpointing in (False, True):
         model = network(num_classes=2, text_dim=4).train()
         if checkpointing:
@@ -379,6 +386,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     # What stands in the null condition's row of a table or in the mask's row of the head has none.
     assert len(gradients[0]) == len(list(model.parameters()))
     torch.testing.assert_close(gradients[0], gradients[1])
+    assert len(calls) == 2 + 2 * 2  # two blocks, with checkpointing once more for the gradient
 
 
 def test_dropout_only_in_training():
@@ -386,6 +394,11 @@ def test_dropout_only_in_training():
     assert torch.equal(model(tokens).sample, model(tokens).sample)
     model.train()
     assert not torch.equal(model(tokens).sample, model(tokens).sample)
+    # Dropping everything leaves nothing of what the blocks add.
+    model = network(text_dim=4, dropout=1.0).train()
+    dropped = model(tokens, encoder_hidden_states=torch.ones(1, 2, 4)).sample
+    model.blocks = torch.nn.ModuleList()
+    torch.testing.assert_close(dropped, model(tokens).sample)
 
 
 CONFIGS_TO_COMPILE = [
@@ -394,8 +407,10 @@ CONFIGS_TO_COMPILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", CONFIGS_TO_COMPILE)
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("config", "backend"), [
+    *((config, "eager") for config in CONFIGS_TO_COMPILE),
+    pytest.param(CONFIGS_TO_COMPILE[0], "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiled_in_one_graph(config, backend):
     model = network(**config)
     compiled = torch.compile(model, backend=backend, fullgraph=True)

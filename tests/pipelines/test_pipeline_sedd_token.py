@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 from exact_networks import quiet, seeds
-from exact_tokens import exact_table, lazy_walk, random_table
 from scipy.stats import chisquare
+from token_networks import exact_table, lazy_walk, random_table
+from token_networks import random_token_pipe as real_pipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import tonefield
-from tonefield import MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
+from tonefield import FSQCodec, MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
 from tonefield.models.token_layouts import apply_layout, undo_layout
+from tonefield.pipelines.pipeline_sedd_token import guided_logits
 
 
 def table_pipe(books=1, frames=3, classes=1, layout="parallel", vocab_size=3, **scheduler):
@@ -30,19 +32,6 @@ def walk_pipe(vocab_size=4, max_length=8):
     transformer = lazy_walk(vocab_size, max_length=max_length)
     codec = MuLawTokenizer(sampling_rate=10, mu=vocab_size - 1)
     return quiet(SEDDTokenPipeline(transformer, ScoreEntropyScheduler(vocab_size=vocab_size), codec))
-
-
-def real_pipe(hop=4, layout="parallel", seed=0, **config):
-    """A network of random weights on the samples of a waveform, `hop` codebooks of 256 codes."""
-    torch.manual_seed(seed)
-    symbols = 256 * (1 if layout == "parallel" else hop)
-    config = dict(num_codebooks=hop, layout=layout, max_length=64) | config
-    transformer = SEDDTransformer1DModel(symbols, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, **config)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    scheduler = ScoreEntropyScheduler(vocab_size=symbols, graph_type=transformer.config.graph_type)
-    return quiet(SEDDTokenPipeline(transformer.eval(), scheduler, MuLawTokenizer(8000, hop)))
 
 
 def counts(tokens, vocab_size):
@@ -113,10 +102,20 @@ def test_law_of_classes_and_guidance():
     assert_law(counts(tokens[1::2], 5), table[1])
 
 
+def test_guidance_moves_no_mass_between_masks_and_tokens():
+    """In float64, by probabilities: p^w q^(1 - w), normalised to the sum of e^logits of p."""
+    towards, without = torch.randn(2, 3, 5, dtype=torch.float64, generator=seeds(0)[0])
+    towards[0, 1] = without[0, 1] = -torch.inf
+    p, q = (logits.exp() / logits.exp().sum(-1, keepdim=True) for logits in (towards, without))
+    law = p**3 / torch.where(q > 0, q, 1) ** 2
+    expected = law / law.sum(-1, keepdim=True) * towards.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(guided_logits(without, towards, 3.0).exp(), expected)
+
+
 def test_law_of_long_sounds():
     """Windows of 3 make a Markov chain of 7 exactly."""
     pipe = walk_pipe(vocab_size=3, max_length=3)
-    tokens = pipe(30000, num_frames=7, overlap_in_s=0.1, generator=seeds(0)[0], output_type="tokens").tokens[:, 0]
+    tokens = pipe(12000, num_frames=7, overlap_in_s=0.1, generator=seeds(0)[0], output_type="tokens").tokens[:, 0]
     transition, law = pipe.transformer.transition, pipe.transformer.start
     for site in range(6):
         both = counts(tokens[:, None, site : site + 2], 3)
@@ -301,6 +300,14 @@ def test_frames_that_are_new_in_part_are_new(sound):
     assert changed.nonzero()[:, 0].tolist() == [10, 11, 12, 13, 14]
 
 
+@pytest.mark.parametrize("layout", ["parallel", "flatten", "codebook_major"])
+def test_kept_codes_come_back_in_every_layout(layout):
+    codes, mask = torch.randint(256, (1, 3, 6)), torch.tensor([False, True, False, False, True, True])
+    result = real_pipe(hop=3, layout=layout)(8, tokens=codes, mask=mask, output_type="tokens").tokens
+    assert (result == codes)[..., ~mask].all()
+    assert (result != codes)[..., mask].any(dim=0).all()
+
+
 def test_continuation(sound):
     result = real_pipe()(audio=sound[:98], audio_length_in_s=0.02, output_type="pt")
     assert result.audios.shape == (1, 160) and result.tokens.shape == (1, 4, 40)
@@ -328,6 +335,25 @@ def test_a_loop_of_given_sound(sound):
     assert torch.equal(result[0, 24:80], sound[24:80]) and not torch.equal(result[0, :24], sound[:24])
     bridged = real_pipe()(audio=sound, audio_length_in_s=0.04, loop=True, overlap_in_s=0.01, output_type="pt")
     assert bridged.audios.shape == (1, 320) and torch.equal(bridged.audios[0, 80:176], sound[80:176])
+
+
+def test_loops_go_through_the_codec_as_rings():
+    """A codec that sees its surroundings codes and decodes a turned loop as a turned loop."""
+    torch.manual_seed(0)
+    codec = FSQCodec(8000, 32, 128, (4, 4), width=16, encoder_layers=2, decoder_layers=2)
+    transformer = SEDDTransformer1DModel(16, hidden_size=8, num_layers=1, num_heads=1)
+    pipe = quiet(SEDDTokenPipeline(transformer, ScoreEntropyScheduler(vocab_size=16), codec))
+    audio = 0.3 * torch.randn(1, 40 * 32)
+    keep = dict(mask=[False] * 40, loop=True, output_type="pt")
+    result, turned = pipe(audio=audio, **keep), pipe(audio=audio.roll(13 * 32, 1), **keep)
+    assert torch.equal(turned.tokens, result.tokens.roll(13, 2)) and torch.equal(result.audios, audio)
+    assert not torch.equal(codec.encode(audio, 8000), result.tokens)
+    sounds = [pipe(tokens=tokens, **keep).audios for tokens in (result.tokens, turned.tokens)]
+    torch.testing.assert_close(sounds[1], sounds[0].roll(13 * 32, 1), atol=1e-5, rtol=0)
+    assert not torch.allclose(codec.decode(result.tokens), sounds[0], atol=1e-3)
+    codec.head[1].bias.data += 5  # a codec that is too loud
+    assert codec.decode(result.tokens).abs().max() > 1
+    assert pipe(tokens=result.tokens, **keep).audios.abs().max() == 1
 
 
 def test_long_sound_is_edited_in_windows(sound):
@@ -438,6 +464,7 @@ def test_progress_is_shown(capfd):
 
 def test_saved_and_loaded(text_pipe, tmp_path):
     text_pipe.save_pretrained(tmp_path)
+    assert 'sound = pipe(prompt="a piano")' in (tmp_path / "README.md").read_text()
     loaded = quiet(tonefield.load(tmp_path))
     assert type(loaded) is SEDDTokenPipeline and type(loaded.audio_tokenizer) is MuLawTokenizer
     assert type(loaded.text_encoder) is T5EncoderModel
@@ -476,7 +503,7 @@ def test_saved_and_loaded(text_pipe, tmp_path):
     (dict(tokens=torch.full((1, 4, 5), 300), num_frames=20), r"tokens hold 300: codes lie in 0..255"),
     (dict(tokens=torch.full((1, 4, 5), -1), num_frames=20), r"tokens hold -1: codes lie in 0..255"),
     (dict(batch_size=2, generator=seeds(0)), "generator has 1 entries for a batch of 2"),
-    (dict(batch_size=3, tokens=torch.zeros(2, 4, 5).long(), num_frames=20), "2 entries for a batch of 3"),
+    (dict(batch_size=3, tokens=torch.zeros(2, 4, 5).long(), num_frames=20), "tokens has 2 entries for a batch of 3"),
 ])  # fmt: skip
 def test_bad_input(given, message, monkeypatch):
     pipe = real_pipe()
@@ -492,6 +519,20 @@ def test_bad_input(given, message, monkeypatch):
 def test_nothing_stays_in_the_uniform_graph(given):
     with pytest.raises(ValueError, match="which the uniform graph does not have"):
         real_pipe(graph_type="uniform", time_conditioning=True)(**given)
+
+
+def test_classes_by_name(text_pipe, tmp_path):
+    names = {"zero": 0, "one": 1}
+    pipe = quiet(SEDDTokenPipeline(**text_pipe.components, label2id=names))
+    pipe.save_pretrained(tmp_path)
+    pipe = quiet(tonefield.load(tmp_path))
+    arguments = dict(num_frames=6, num_inference_steps=6, output_type="tokens")
+    named = pipe(class_labels=["one", "zero", 1], generator=seeds(0, 1, 2), **arguments).tokens
+    assert torch.equal(named, pipe(class_labels=[1, 0, 1], generator=seeds(0, 1, 2), **arguments).tokens)
+    with pytest.raises(ValueError, match="holds 'two': labels are 0 to 1, or zero, one"):
+        pipe(class_labels="two")
+    with pytest.raises(ValueError, match="name each of the network's 2 classes"):
+        SEDDTokenPipeline(**text_pipe.components, label2id={"zero": 0})
 
 
 def test_lengths_must_be_known():

@@ -1,9 +1,11 @@
-"""Transformers that are exactly what a perfectly trained one would be, for laws of tokens that are known."""
+"""Transformers that are exactly what a perfectly trained one would be, for known laws of tokens, and random ones."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from exact_networks import quiet
 
+from tonefield import MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
 from tonefield.models.transformer_sedd import SEDDTransformer1DOutput
 
 
@@ -87,3 +89,16 @@ def lazy_walk(vocab_size, **config):
     transformer.register_buffer("transition", weights / weights.sum(1, keepdim=True))
     transformer.register_buffer("start", weights.sum(1) / weights.sum())  # as weights are symmetric
     return transformer
+
+
+def random_token_pipe(hop=4, layout="parallel", seed=0, **config):
+    """A network of random weights on the samples of a waveform, `hop` codebooks of 256 codes."""
+    torch.manual_seed(seed)
+    symbols = 256 * (1 if layout == "parallel" else hop)
+    config = dict(num_codebooks=hop, layout=layout, max_length=64) | config
+    transformer = SEDDTransformer1DModel(symbols, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, **config)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    scheduler = ScoreEntropyScheduler(vocab_size=symbols, graph_type=transformer.config.graph_type)
+    return quiet(SEDDTokenPipeline(transformer.eval(), scheduler, MuLawTokenizer(8000, hop)))
