@@ -39,12 +39,30 @@ class Converter(Protocol):
 
     features: Features
 
+    def record(self, sums: dict[str, float]) -> dict:
+        """What a dataset says of itself, given the sums of what it is trained on."""
+        ...
+
     def convert(self, part: "Part") -> Iterator[pa.Table]:
         """Yields the rows of `part.recordings`, up to `part.limit`; tells it what it rejects, skips, reads, sums up.
 
         `part.rows` counts what was yielded before.
         """
         ...
+
+
+def join_features(own: dict, columns: Features) -> Features:
+    """The columns that a converter makes, and those that come along with each recording."""
+    if clash := own.keys() & columns.keys():
+        raise UserError(f"The recordings come with a column {min(clash)!r}, a name that is taken: rename it.")
+    return Features(own | columns)
+
+
+def table_of(columns: dict, features: Features) -> pa.Table:
+    """Rows for a part; columns are sequences or Arrow arrays."""
+    schema = features.arrow_schema
+    arrays = [c if isinstance(c := columns[f.name], pa.Array) else pa.array(c, f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 @dataclass
@@ -310,8 +328,17 @@ class DatasetBuilder:
         result.rejects.sort()
         return result
 
-    def finish(self, parts: list[Part], result: Result, features: Features) -> None:
-        """Moves the parts into a folder that `datasets.load_from_disk` reads, and that folder to its place."""
+    def finish(
+        self,
+        parts: list[Part],
+        result: Result,
+        features: Features,
+        add_files: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Moves the parts into a folder that `datasets.load_from_disk` reads, and that folder to its place.
+
+        `add_files` puts more into that folder before.
+        """
         dataset = self.work / "dataset"
         shutil.rmtree(dataset, ignore_errors=True)
         splits = [split for split in ("train", "validation", "test") if result.rows.get(split)]
@@ -333,6 +360,8 @@ class DatasetBuilder:
             self._write(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
         self._write(dataset / "dataset_dict.json", json.dumps({"splits": splits}))
         write_rejects(dataset / "rejects.jsonl", result.rejects)
+        if add_files is not None:
+            add_files(dataset)
         if self.output_dir.exists():
             self.output_dir.rmdir()
         os.replace(dataset, self.output_dir)

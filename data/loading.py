@@ -15,6 +15,8 @@ from tonefield.command_line import UserError, first_line
 # of a column of classes: eight bytes a row.
 RECORD_COLUMN = "front_end"
 
+CODEC_FOLDER = "codec"  # within a dataset of tokens: the audio tokenizer that made them
+
 LOOSE_FILES = (
     "it consists of loose audio files, for which the datasets library wants torchcodec. Download them (hf download"
     " --repo-type dataset NAME --local-dir DIR) and give --input_dir DIR instead of --dataset_name."
@@ -26,7 +28,7 @@ def record_feature(record: dict) -> ClassLabel:
     return ClassLabel(names=[json.dumps(record, sort_keys=True)])
 
 
-def read_record(features: Features | None) -> dict:
+def read_record(features: Features | None, script: str = "audio_to_images.py") -> dict:
     """The record of the front end that made a dataset: its settings, its fingerprint and the dataset's statistics."""
     feature = (features or {}).get(RECORD_COLUMN)
     try:
@@ -35,8 +37,7 @@ def read_record(features: Features | None) -> dict:
         record = None
     if not isinstance(record, dict) or "format" not in record:
         raise UserError(
-            f"The dataset has no column {RECORD_COLUMN!r} with the settings of its front end: make it with"
-            " audio_to_images.py."
+            f"The dataset has no column {RECORD_COLUMN!r} with the settings of its front end: make it with {script}."
         )
     return record
 

@@ -2,9 +2,15 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from scipy.signal import lfilter
+
+from tonefield.data.audio_files import read_blocks
+
+
+PEAK_AFTER_GAIN = 0.99
 
 
 def k_weighting(sample_rate: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -63,3 +69,21 @@ def integrated_loudness(blocks: Iterable[np.ndarray], sample_rate: int) -> float
         if len(power) == 0:
             return -math.inf
         return float(lufs(power[lufs(power) > lufs(power.mean()) - 10].mean()))  # eq. 6 and 7: the relative gate
+
+
+def loudness_gain(audio: Path | bytes, sample_rate: int, target: float | None) -> float:
+    """The factor that brings a recording to a loudness in LUFS, or its peak to just below full scale."""
+    if target is None:
+        return 1.0
+    peak = 0.0
+
+    def blocks():
+        nonlocal peak
+        for block in read_blocks(audio, sample_rate):
+            peak = max(peak, float(np.abs(block).max(initial=0.0)))
+            yield block
+
+    loudness = integrated_loudness(blocks(), sample_rate)
+    if math.isinf(loudness):
+        return 1.0
+    return min(10 ** ((target - loudness) / 20), PEAK_AFTER_GAIN / peak)

@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +10,15 @@ import torch
 from datasets import Array3D, Features, Image, Value
 from datasets.features.features import Array3DExtensionType
 
-from tonefield.command_line import UserError
 from tonefield.data.audio_files import AudioError, read_blocks
 from tonefield.data.audio_folder import Recording
-from tonefield.data.dataset_builder import Part
+from tonefield.data.dataset_builder import Part, join_features, table_of
 from tonefield.data.loading import RECORD_COLUMN, record_feature
-from tonefield.data.loudness import integrated_loudness
+from tonefield.data.loudness import loudness_gain
 from tonefield.models.mel_spectrogram import MelSpectrogram
 
 
 BATCH_SLICES = 64
-PEAK_AFTER_GAIN = 0.99
 
 
 class MelConverter:
@@ -57,10 +54,8 @@ class MelConverter:
             own["ref_db"] = Value("float32")
         if save_images:
             own["image"] = Image(mode="L")
-        if clash := own.keys() & columns.keys():
-            raise UserError(f"The recordings come with a column {min(clash)!r}, a name that is taken: rename it.")
         self.columns = list(columns)
-        self.features = Features(own | columns)
+        self.features = join_features(own, columns)
 
     def convert(self, part: Part) -> Iterator[pa.Table]:
         """Slices are gathered across recordings and computed in batches of [`BATCH_SLICES`]."""
@@ -83,7 +78,8 @@ class MelConverter:
         """The slices of a recording that are not silent: (recording, number, start, gain, samples without padding)."""
         if recording.audio is None:
             raise AudioError("has neither a file nor data")
-        rate, size, gain = self.sample_rate, self.slice_samples, self._gain(recording.audio)
+        rate, size = self.sample_rate, self.slice_samples
+        gain = loudness_gain(recording.audio, rate, self.loudness)
         pending, start, number = np.zeros(0, np.float32), 0, 0
 
         def cut(waveform: np.ndarray) -> Iterator[tuple]:
@@ -112,23 +108,6 @@ class MelConverter:
             )
         yield from cut(pending)
 
-    def _gain(self, audio: Path | bytes) -> float:
-        """The factor that brings a recording to the wanted loudness, or its peak to just below full scale."""
-        if self.loudness is None:
-            return 1.0
-        rate, peak = self.sample_rate, 0.0
-
-        def blocks():
-            nonlocal peak
-            for block in read_blocks(audio, rate):
-                peak = max(peak, float(np.abs(block).max(initial=0.0)))
-                yield block
-
-        loudness = integrated_loudness(blocks(), rate)
-        if math.isinf(loudness):
-            return 1.0
-        return min(10 ** ((self.loudness - loudness) / 20), PEAK_AFTER_GAIN / peak)
-
     def _batch(self, rows: list[tuple], part: Part) -> pa.Table:
         recordings, numbers, starts, gains, windows = zip(*rows, strict=True)
         padded = np.zeros((len(rows), self.slice_samples), np.float32)
@@ -152,9 +131,7 @@ class MelConverter:
         if "image" in self.features:
             columns["image"] = [{"bytes": _png(picture), "path": None} for picture in self.mel.to_image(exact)]
         columns |= {name: [recording.columns[name] for recording in recordings] for name in self.columns}
-        schema = self.features.arrow_schema
-        arrays = [c if isinstance(c := columns[f.name], pa.Array) else pa.array(c, f.type) for f in schema]
-        return pa.Table.from_arrays(arrays, schema=schema)
+        return table_of(columns, self.features)
 
     def _count(self, mels: torch.Tensor, part: Part) -> None:
         squares = mels.flatten(1).square().sum(1, dtype=torch.float64)

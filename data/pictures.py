@@ -1,5 +1,6 @@
 """Spectrograms that a person would want to look at."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,3 +54,12 @@ def draw_mels(
             axis.set_title(titles[index], fontsize=9)
     figure.colorbar(axes.flat[0].images[0], ax=axes, label="dB", shrink=min(1.0, 1.5 / rows), pad=0.01)
     figure.savefig(path)
+
+
+def draw_sounds(waveforms: torch.Tensor, sampling_rate: int, path: str | Path, titles: Sequence[str] = ()) -> None:
+    """Draws the spectrograms of sounds (count, samples) in [-1, 1] side by side into one PNG."""
+    n_fft = 2 ** math.ceil(math.log2(0.06 * max(sampling_rate, 8000)))  # long enough to tell the lowest bands apart
+    frames = waveforms.shape[1] * 4 // n_fft + 1
+    mel = MelSpectrogram(sampling_rate, n_fft, n_fft // 4, n_mels=64, num_frames=frames)
+    padded = torch.nn.functional.pad(waveforms.float().cpu(), (0, mel.slice_samples - waveforms.shape[1]))
+    draw_mels(mel.encode(padded), mel, path, titles)

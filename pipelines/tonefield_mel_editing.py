@@ -1,4 +1,4 @@
-"""What pipelines that generate mels share: masks over time, cross-fades, loops, paths between latents.
+"""What pipelines that edit sound share: masks over time, cross-fades, loops, paths between latents.
 
 This file travels with the pipelines, hence no import of tonefield, and a name that nobody else uses: diffusers puts
 the files of all local repositories into one package.
@@ -63,23 +63,35 @@ def distance_to(new: torch.Tensor, ring: bool = False) -> torch.Tensor:
     return torch.minimum(before, after)
 
 
-def crossfade(into: torch.Tensor, out_of: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+def crossfade(
+    into: torch.Tensor, out_of: torch.Tensor, progress: torch.Tensor, same_phases: bool = False
+) -> torch.Tensor:
     """
-    From one sound (progress 0) into another (1). The squares of both gains add up to 1, so that the power stays: their
-    phases have nothing to do with one another. Both gains begin and end with slope 0, so that no kink is heard.
+    From one sound (progress 0) into another (1). The squares of both gains add up to 1, so that the power stays where
+    the phases have nothing to do with one another; where they are the same, the gains themselves do. Both gains begin
+    and end with slope 0, so that no kink is heard.
     """
     angle = (1 - torch.cos(math.pi * progress)) * (math.pi / 4)
-    return angle.sin().to(into.dtype) * into + angle.cos().to(into.dtype) * out_of
+    power = 2 if same_phases else 1
+    return angle.sin().pow(power).to(into.dtype) * into + angle.cos().pow(power).to(into.dtype) * out_of
 
 
-def paste(kept: torch.Tensor, made: torch.Tensor, new: torch.Tensor, fade: int, ring: bool = False) -> torch.Tensor:
+def paste(
+    kept: torch.Tensor,
+    made: torch.Tensor,
+    new: torch.Tensor,
+    fade: int,
+    ring: bool = False,
+    same_phases: bool = False,
+) -> torch.Tensor:
     """
     `made` where `new`, `kept` elsewhere, and for `fade` samples around `new` a [`crossfade`].
 
     All are of shape (batch, samples). More than `fade` samples away from `new`, `kept` comes back bit for bit.
     """
     distance = distance_to(new, ring)
-    return torch.where(distance > fade, kept, crossfade(kept, made, (distance / (fade + 1)).clamp(max=1)))
+    progress = (distance / (fade + 1)).clamp(max=1)
+    return torch.where(distance > fade, kept, crossfade(kept, made, progress, same_phases))
 
 
 # Loops: time as a ring
@@ -119,12 +131,12 @@ def around_ring(length: int, margin: int) -> torch.Tensor:
     return torch.arange(-margin, length + margin) % length
 
 
-def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int) -> torch.Tensor:
+def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int, same_phases: bool = False) -> torch.Tensor:
     """
-    A loop of frames * hop samples: `decode` the mel with `margin` frames of context around it.
+    A loop of frames * hop samples: `decode` the mel (or codes) with `margin` frames of context around it.
 
-    What follows the end is the beginning again, with other phases. Fading from the one into the other over half of the
-    margin makes the beginning the continuation of the end.
+    What follows the end is the beginning again, a mel's with other phases. Fading from the one into the other over
+    half of the margin makes the beginning the continuation of the end.
     """
     frames = mel.shape[-1]
     waveform = decode(mel[..., around_ring(frames, margin).to(mel.device)])
@@ -132,7 +144,7 @@ def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int) -> t
     loop = waveform[:, margin * hop :][:, :length].clone()
     beyond = waveform[:, margin * hop + length :][:, :fade]
     progress = torch.arange(fade, device=mel.device, dtype=loop.dtype) / fade
-    loop[:, :fade] = crossfade(loop[:, :fade], beyond, progress)
+    loop[:, :fade] = crossfade(loop[:, :fade], beyond, progress, same_phases)
     return loop
 
 

@@ -10,11 +10,16 @@ from .poisson_field import empirical_denoiser, pfgm_hyperparameters, poisson_fie
 
 if TYPE_CHECKING:
     from .scheduling_poisson_flow import PoissonFlowScheduler as PoissonFlowScheduler
+    from .scheduling_score_entropy import ScoreEntropyScheduler as ScoreEntropyScheduler
     from .scheduling_score_sde import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, _, __all__ = attach(
     __name__,
-    {"PoissonFlowScheduler": "scheduling_poisson_flow", "ScoreSDEScheduler": "scheduling_score_sde"},
+    {
+        "PoissonFlowScheduler": "scheduling_poisson_flow",
+        "ScoreEntropyScheduler": "scheduling_score_entropy",
+        "ScoreSDEScheduler": "scheduling_score_sde",
+    },
 )
 __all__ += ["empirical_denoiser", "pfgm_hyperparameters", "poisson_field"]
 

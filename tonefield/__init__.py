@@ -15,23 +15,35 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from .models import FSQCodec as FSQCodec
     from .models import MelSpectrogram as MelSpectrogram
+    from .models import MuLawTokenizer as MuLawTokenizer
     from .models import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
     from .models import PFGMUNet2DModel as PFGMUNet2DModel
+    from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
+    from .models import TransformersCodec as TransformersCodec
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
+    from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
+    from .schedulers import ScoreEntropyScheduler as ScoreEntropyScheduler
     from .schedulers import ScoreSDEScheduler as ScoreSDEScheduler
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "FSQCodec": "models",
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
+        "MuLawTokenizer": "models",
         "PFGMTransformerUNet2DModel": "models",
         "PFGMUNet2DModel": "models",
         "PoissonFlowScheduler": "schedulers",
+        "SEDDTokenPipeline": "pipelines",
+        "SEDDTransformer1DModel": "models",
+        "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
+        "TransformersCodec": "models",
         "load": "pipelines",
     },
 )

@@ -175,12 +175,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, maker: str = "audio_to_images.py"
+) -> None:
     """Refuses values without a meaning, and applies `--test`."""
     if args.test:
         shrink(args)
-    if not args.dataset_name:
-        parser.error("--dataset_name is needed: a folder made by audio_to_images.py, or a Hub id")
+    if not (args.dataset_name or getattr(args, "input_dir", None)):
+        parser.error(f"--dataset_name is needed: a folder made by {maker}, or a Hub id")
     least = dict.fromkeys(
         ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
          "max_train_samples", "max_validation_samples", "checkpoints_total_limit", "shuffle_buffer"), 1,

@@ -8,7 +8,7 @@ processes see what one would.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -57,13 +57,13 @@ class Shares:
 class EndlessRows(Dataset):
     """
     Args:
-        rows: A dataset with a length.
+        rows: A dataset with a length, or what else gives a dictionary of columns for a list of row numbers.
         read: Makes a dictionary of tensors from a dictionary of columns and the positions of its rows.
         seed: Decides the order.
         extra: How many more rows to read with each batch, as `charges`, from a second sequence.
     """
 
-    def __init__(self, rows: datasets.Dataset, read: Callable[[dict, list[int]], dict], seed: int, extra: int = 0):
+    def __init__(self, rows: Any, read: Callable[[dict, list[int]], dict], seed: int, extra: int = 0):
         self.rows, self.read, self.seed, self.extra = rows, read, seed, extra
         self._orders: dict[str, tuple[int, torch.Tensor]] = {}
 
@@ -210,15 +210,29 @@ def labels_of(columns: dict, name: str | None) -> dict:
     return {"class_labels": torch.tensor(labels)}
 
 
+class Data(Protocol):
+    """What the training loop needs to know of a dataset."""
+
+    train: EndlessRows | EndlessStream
+
+    def describe(self) -> dict:
+        """What a resumed run must find unchanged."""
+        ...
+
+    def validation_batches(self, size: int, process: int = 0, num_processes: int = 1) -> Iterator[dict]:
+        """What one process validates with, batch by batch; its positions are those of the noise."""
+        ...
+
+
 @dataclass
 class TrainingData:
     """What a trainer needs to know of a dataset."""
 
     train: EndlessRows | EndlessStream
-    validation: "datasets.Dataset | None"  # at most --max_validation_samples rows
+    validation: Any  # rows like those of `EndlessRows`, or None: at most --max_validation_samples rows
     read: Callable[[dict, list[int]], dict]
     sample_shape: tuple[int, int, int]
-    sigma_data: float
+    sigma_data: float = SIGMA_DATA
     class_names: list[str] = field(default_factory=list)
     mel: MelSpectrogram | None = None
     vae: dict = field(default_factory=dict)  # of latents: the fingerprint and configuration of their autoencoder

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError, first_line
 from tonefield.training.checkpoints import Best, Checkpoints, check_same_run, find_checkpoint, list_checkpoints
-from tonefield.training.data import Shares, TrainingData
+from tonefield.training.data import Data, Shares
 from tonefield.training.randomness import derive_seed, make_generators
 
 
@@ -150,7 +150,7 @@ class Measurements:
     host wait for the device, and that happens once every `--logging_steps`, not once a step.
     """
 
-    def __init__(self, accelerator: Accelerator, shares: Shares, data: TrainingData):
+    def __init__(self, accelerator: Accelerator, shares: Shares, data: Data):
         self.accelerator, self.shares, self.data = accelerator, shares, data
         self.start = time.monotonic()
         self.losses: list[torch.Tensor] = []
@@ -209,11 +209,12 @@ def train(
     args,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    data: TrainingData,
+    data: Data,
     compute_loss: Callable[..., torch.Tensor | Loss],
-    generate: Callable[[torch.nn.Module, int], None] | None = None,
+    generate: Callable[[torch.nn.Module, int], dict[str, float] | None] | None = None,
     run: dict | None = None,
     name: str = "unet",
+    validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     opponent: Opponent | None = None,
     keep_best: bool = False,
 ) -> torch.nn.Module | None:
@@ -224,9 +225,12 @@ def train(
         args: The flags of `add_data_arguments` and `add_training_arguments`.
         compute_loss: The loss of a batch: of the network to call, the batch, and one generator per sample; of the
             opponent as well while that takes part.
-        generate: Makes samples with a network after a number of steps; called by the main process.
+        generate: Makes samples with a network after a number of steps, and may return numbers to report; called by
+            the main process.
         run: What must be the same when the run is resumed.
         name: What to call the network's subfolder.
+        validate: What to report of a network, `validation_loss` among it, instead of its loss over the held-out rows;
+            every process calls it.
         opponent: A second network that learns against the first.
         keep_best: Publish the weights with the lowest validation loss, not the last ones. They are kept in `best`.
             Those from before the opponent took part are only kept until then.
@@ -334,13 +338,16 @@ def train(
                 if stop:
                     break
                 if validating:
-                    losses = validation_losses(args, accelerator, result, data, compute_loss)
+                    if validate is None:
+                        losses = validation_losses(args, accelerator, result, data, compute_loss)
+                    else:
+                        losses = validate(result)
                     report(losses)
                     if best is not None:
                         stage = 0 if opponent is None else int(step > opponent.start)
                         best.offer(result, losses["validation_loss"], step, stage)
-                    if generate is not None and accelerator.is_main_process:
-                        generate(result, step)
+                    if generate is not None and accelerator.is_main_process and (values := generate(result, step)):
+                        report(values)
                     accelerator.wait_for_everyone()
                     network.train()
                 measurements.start = time.monotonic()
@@ -356,7 +363,7 @@ def train(
 
 
 @torch.no_grad()
-def validation_losses(args, accelerator: Accelerator, network, data: TrainingData, compute_loss) -> dict[str, float]:
+def validation_losses(args, accelerator: Accelerator, network, data: Data, compute_loss) -> dict[str, float]:
     """
     The loss of the held-out rows, and its parts. A row meets the same noise every time, so that the numbers can be
     compared.

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from tonefield.data.pictures import draw_mels
+from tonefield.data.pictures import draw_mels, draw_sounds
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.data import TrainingData
 from tonefield.training.randomness import make_generators
@@ -81,6 +81,17 @@ def show_mels(
         soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, front_end.config.sample_rate)
     for tracker in trackers:
         track(tracker, picture, sounds, front_end.config.sample_rate, step)
+
+
+def show_sounds(sounds: torch.Tensor, rate: int, titles: list[str], folder: Path, step: int, trackers: list) -> None:
+    """The same for samples that are sounds already, of shape (count, samples)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sounds, picture = sounds.nan_to_num().clamp(-1, 1), folder / f"step-{step:07d}.png"
+    draw_sounds(sounds, rate, picture, titles)
+    for index, sound in enumerate(sounds.numpy()):
+        soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, rate)
+    for tracker in trackers:
+        track(tracker, picture, list(sounds.numpy()), rate, step)
 
 
 def track(tracker, picture: Path, sounds: list[np.ndarray], rate: int, step: int) -> None:

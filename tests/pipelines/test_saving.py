@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from exact_networks import quiet
 from fake_hub import FakeHub
+from token_networks import random_token_pipe
 
 import tonefield
 from tonefield import MelPFGMPipeline, PFGMTransformerUNet2DModel, PFGMUNet2DModel, PoissonFlowScheduler
@@ -117,6 +118,31 @@ def test_without_tonefield_and_saved_again(saved, run, work, bare_python):
         assert (work / "again" / file).read_bytes() == (saved[0] / file).read_bytes(), file
     run("import tonefield\npipe = tonefield.load('again')" + GENERATE)
     np.testing.assert_array_equal(heard(work), saved[1])
+
+
+TOKENS = """
+generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+pipe.set_progress_bar_config(disable=True)
+sound = pipe(class_labels=[0, 1], guidance_scale=2.0, num_frames=12, loop=True, generator=generators)
+np.save("sound.npy", sound.audios)
+"""
+
+
+def test_token_pipelines_with_and_without_tonefield(run, work, bare_python):
+    pipe = random_token_pipe(hop=2, layout="flatten", num_classes=2)
+    pipe.save_pretrained(work / "tokens")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    sound = pipe(class_labels=[0, 1], guidance_scale=2.0, num_frames=12, loop=True, generator=generators)
+    run("import tonefield\npipe = tonefield.load('tokens')" + TOKENS)
+    np.testing.assert_array_equal(heard(work), sound.audios)
+    load = "from diffusers import DiffusionPipeline\n"
+    load += "pipe = DiffusionPipeline.from_pretrained('tokens', trust_remote_code=True)"
+    done = run(load + TOKENS + "pipe.save_pretrained('tokens-again')", bare_python)
+    assert "Expected types" not in done.stderr
+    np.testing.assert_array_equal(heard(work), sound.audios)
+    files = {path.relative_to(work / "tokens") for path in (work / "tokens").rglob("*") if path.is_file()}
+    for file in files - {Path("README.md")}:
+        assert (work / "tokens-again" / file).read_bytes() == (work / "tokens" / file).read_bytes(), file
 
 
 def test_without_trust_diffusers_refuses(saved):

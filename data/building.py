@@ -1,0 +1,102 @@
+"""From flags to a dataset: the course of every script that turns recordings into rows."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from datasets import Features, load_from_disk
+from huggingface_hub import upload_folder
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+from tonefield.command_line import UserError, first_line
+from tonefield.data.arguments import SOURCE_SETTINGS
+from tonefield.data.audio_folder import AudioColumn, AudioFolder
+from tonefield.data.dataset_builder import Converter, DatasetBuilder, Result, plan_parts, write_rejects
+from tonefield.data.loading import CODEC_FOLDER, RECORD_COLUMN, load_split, record_feature
+
+
+def open_source(args: argparse.Namespace) -> AudioFolder | AudioColumn:
+    """The recordings that the flags name."""
+    datasets.disable_progress_bars()
+    if args.input_dir is not None:
+        source = AudioFolder(args.input_dir)
+    else:
+        dataset = load_split(args.dataset_name, args.split, args.streaming, args.dataset_config_name)
+        source = AudioColumn(dataset, args.audio_column)
+    for warning in source.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return source
+
+
+def build_dataset(
+    args: argparse.Namespace,
+    source: AudioFolder | AudioColumn,
+    converter: Converter,
+    settings: dict,
+    rows: str,
+    add_files: Callable[[Path], None] | None = None,
+) -> Result:
+    """
+    Writes the dataset and says what came of the recordings.
+
+    Args:
+        args: The flags of `tonefield.data.arguments`.
+        settings: What the rows depend on besides the source.
+        rows: What the script calls its rows.
+        add_files: Puts files into the folder of the dataset before it takes its place.
+    """
+    held_out = {"validation": args.validation_fraction, "test": args.test_fraction}
+    settings = {name: getattr(args, name) for name in SOURCE_SETTINGS} | held_out | settings
+    total_bytes = sum(recording.size for recording in source) if isinstance(source, AudioFolder) else 0
+    builder = DatasetBuilder(args.output_dir, settings, args.resume)
+    parts = plan_parts(source, held_out, args.seed)
+    parts = builder.run(parts, converter, args.num_proc, args.max_examples, held_out, total_bytes)
+    result = builder.result(parts, source.rejects)
+
+    if not result.rows.get("train"):
+        rejects = builder.output_dir.with_name(builder.output_dir.name + "-rejects.jsonl")
+        write_rejects(rejects, result.rejects)
+        builder.discard()
+        first = f"; the first: {': '.join(result.rejects[0])}" if result.rejects else ""
+        raise UserError(
+            f"No {rows.removesuffix('s')} came of {result.recordings} recordings: {len(result.rejects)} files were"
+            f" rejected (see {rejects}{first}), {result.skipped} {rows} were silent."
+        )
+    record = converter.record(result.sums["train"])
+    features = Features(converter.features | {RECORD_COLUMN: record_feature(record)})
+    builder.finish(parts, result, features, add_files)
+
+    minutes = f"{result.seconds / 60:.1f} minutes"
+    print(f"{sum(result.rows.values())} {rows} from {result.recordings} recordings ({minutes}) in {args.output_dir}: "
+          + ", ".join(f"{count} {split}" for split, count in result.rows.items()))  # fmt: skip
+    if result.skipped:
+        print(f"{result.skipped} {rows} were skipped: they peak below {args.silence_db:g} dB.")
+    if result.rejects:
+        name, reason = result.rejects[0]
+        print(f"{len(result.rejects)} files were rejected, see rejects.jsonl; the first: {name} {reason}.")
+    return result
+
+
+def end(args: argparse.Namespace, result: Result) -> None:
+    """What `--strict` and `--push_to_hub` want of a dataset that is complete."""
+    if args.strict and result.rejects:
+        raise UserError(f"--strict: {len(result.rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
+    if args.push_to_hub:
+        push(args)
+
+
+def push(args: argparse.Namespace) -> None:
+    """Uploads the dataset, with the codec that is part of a dataset of tokens."""
+    repo, private = args.push_to_hub, args.hub_private_repo or None
+    codec = Path(args.output_dir, CODEC_FOLDER)
+    try:
+        load_from_disk(args.output_dir).push_to_hub(repo, private=private)
+        if codec.exists():
+            upload_folder(repo_id=repo, repo_type="dataset", folder_path=codec, path_in_repo=CODEC_FOLDER)
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(
+            f"The dataset is complete in {args.output_dir}, but could not be pushed to {repo}: {first_line(error)}"
+        ) from None
+    print(f"pushed to {repo}")
