@@ -202,7 +202,7 @@ def make_sound(
 
 def guided_field(sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, config) -> torch.Tensor:
     """What a PFGM network would return for a denoised sample: -sqrt(N) E / (|E| + gamma), E = (x - Dn, r)."""
-    radius = (sigma * config.aug_dim**0.5).to(sample).expand(len(sample), 1)
+    radius = (sigma * config.aug_dim**0.5).to(sample).reshape(-1, 1).expand(len(sample), 1)
     field = torch.cat([(sample - denoised).flatten(1), radius], dim=1)
     field = -((field.shape[1] - 1) ** 0.5) * field / (field.norm(dim=1, keepdim=True) + config.gamma)
     last = field[:, -1].reshape(-1, 1, 1, 1).expand(-1, 1, *sample.shape[2:])

@@ -46,7 +46,7 @@ def encode_text(
     limit = max_length or tokenizer.model_max_length
     if limit > 10**9:  # what transformers says where there is no limit
         limit = None
-    complete = tokenizer(prompts).input_ids
+    complete = tokenizer(prompts, verbose=False).input_ids
     tokens = tokenizer(prompts, padding="longest", truncation=limit is not None, max_length=limit, return_tensors="pt")
     for prompt, every, kept in zip(prompts, complete, tokens.attention_mask.sum(1).tolist(), strict=True):
         if kept == 0:

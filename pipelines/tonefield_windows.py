@@ -35,9 +35,9 @@ def in_windows(
     """
     `compute` on overlapping windows of the last axis, and the mean of what it returns where they overlap.
 
-    The weights of the mean fall to the edges of a window, so that nothing jumps where one begins. (For the outputs of a
-    denoiser this is MultiDiffusion, https://huggingface.co/papers/2302.08113, equation 5.) What fits into one window
-    is computed at once, a ring too.
+    The weights of the mean fall to the edges of a window, so that nothing jumps where one begins. (For the outputs of
+    a denoiser this is MultiDiffusion, https://huggingface.co/papers/2302.08113.) What fits into one window is computed
+    at once, a ring too.
 
     Args:
         compute (`Callable`):

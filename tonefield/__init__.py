@@ -16,6 +16,7 @@ if (_root / "setup.py").is_file() and (_root / "models").is_dir():
 
 if TYPE_CHECKING:
     from .models import MelSpectrogram as MelSpectrogram
+    from .pipelines import LatentAudioDiffusionPipeline as LatentAudioDiffusionPipeline
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import load as load
     from .schedulers import PoissonFlowScheduler as PoissonFlowScheduler
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "LatentAudioDiffusionPipeline": "pipelines",
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
         "PoissonFlowScheduler": "schedulers",
