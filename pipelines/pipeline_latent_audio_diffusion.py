@@ -348,14 +348,15 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             audio = torch.nn.functional.pad(audio[:, None], (0, clip.samples - audio.shape[1]), mode="replicate")[:, 0]
             return encode_sound(self.mel, audio, loop)
         longer = self.mel.samples_for(clip.computed)
-        source = encode_sound(self.mel, audio[:, mirrored(longer, audio.shape[1]).to(audio.device)], loop)
-        return Source(source.mel, source.waveform[:, : clip.samples], source.reference)
+        audio = audio[:, mirrored(longer, audio.shape[1]).to(audio.device)]
+        source = encode_sound(self.mel, audio, loop)
+        return Source(source.mel, audio[:, : clip.samples], source.reference)
 
     def _read_mask(
-        self, mask: Mask | None, kept: int | None, clip: _Clip, loop: bool
+        self, mask: Mask | None, kept: int, clip: _Clip, loop: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where sound is new: over the frames that are computed, and over samples, `kept` of which are given."""
-        beyond = kept is not None and kept < clip.samples and not loop
+        beyond = kept < clip.samples and not loop
         if mask is None and not beyond:
             return None, None
         if mask is None:
@@ -407,8 +408,10 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             raise ValueError(f"{'mask' if strength is None else 'strength'} needs the audio that it speaks of.")
         if audio is not None and strength is None and mask is None and audio_length_in_s is None:
             raise ValueError(
-                "audio is given, but not what to do with it: add strength (0 to 1), mask or a longer audio_length_in_s."
+                "audio is given, but not what to do with it: add strength, mask, or an audio_length_in_s beyond it."
             )
+        if audio is not None and not (hasattr(self.scheduler, "add_noise") or hasattr(self.scheduler, "scale_noise")):
+            raise ValueError(f"{type(self.scheduler).__name__} cannot add noise to the audio: use a DDIMScheduler.")
         if continuous and (loop or latents is not None):
             raise ValueError(f"continuous goes from begin to end: leave out {'loop' if loop else 'latents'}.")
         if not 0 <= eta <= 1:
@@ -569,7 +572,10 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
     def _timesteps(self, steps: int, walked: int) -> torch.Tensor:
         """Make the scheduler ready for the last `walked` of so many steps."""
         self.scheduler.set_timesteps(steps, device=self._execution_device)
-        begin = (steps - walked) * self.scheduler.order
+        order = self.scheduler.order
+        if walked < steps and len(self.scheduler.timesteps) != (steps - 1) * order + 1:
+            raise ValueError(f"{type(self.scheduler).__name__} cannot begin within its steps: leave out strength.")
+        begin = (steps - walked) * order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
         return self.scheduler.timesteps[begin:]
@@ -884,9 +890,11 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             spacing = spacing if spacing in ("leading", "trailing") else "trailing"
             scheduler = DDIMInverseScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)
             scheduler.set_timesteps(num_inference_steps)
-            for t in self.progress_bar(scheduler.timesteps):
-                output = self._predict(scheduler, latents, t, text, False, rows)
-                latents = scheduler.step(output, t, latents).prev_sample
+            with self.progress_bar(total=num_inference_steps) as bar:
+                for t in scheduler.timesteps:
+                    output = self._predict(scheduler, latents, t, text, False, rows)
+                    latents = scheduler.step(output, t, latents).prev_sample
+                    bar.update()
         self.maybe_free_model_hooks()
         return latents
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def frame_of_samples(num_samples: int, num_frames: int, hop: int, centred: bool,
     return frame % num_frames if ring else frame.clamp(max=num_frames - 1)
 
 
-def is_spans(mask: Mask) -> bool:
+def is_spans(mask: Mask) -> TypeGuard[Sequence[tuple[float, float]]]:
     """Whether a mask is given as (start, end) seconds."""
     return isinstance(mask, (list, tuple)) and len(mask) > 0 and all(np.shape(span) == (2,) for span in mask)
 
