@@ -33,8 +33,8 @@ def load_audio_diffusion(name: str, config: dict, **kwargs):
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     mel: Any = _AudioDiffusionMel.load_config(name, subfolder="mel", **hub)
     front_end = tonefield.MelSpectrogram(
-        mel["sample_rate"], mel["n_fft"], mel["hop_length"], mel["y_res"], mel["x_res"],
-        top_db=mel["top_db"], ref="slice",
+        sample_rate=mel["sample_rate"], n_fft=mel["n_fft"], hop_length=mel["hop_length"], n_mels=mel["y_res"],
+        num_frames=mel["x_res"], top_db=mel["top_db"], ref="slice",
     )  # fmt: skip
     unet = getattr(diffusers, config["unet"][1]).from_pretrained(name, subfolder="unet", **kwargs)
     scheduler_class, vae = getattr(diffusers, config["scheduler"][1]), None

@@ -888,7 +888,11 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         else:
             spacing = config.get("timestep_spacing")
             spacing = spacing if spacing in ("leading", "trailing") else "trailing"
-            scheduler = DDIMInverseScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)
+            # Not `from_config`, which does not hand on what is a default value here, and another one there.
+            names = inspect.signature(DDIMInverseScheduler.__init__).parameters
+            arguments = {name: config[name] for name in names if name in config}
+            arguments |= {"clip_sample": False, "timestep_spacing": spacing}
+            scheduler = DDIMInverseScheduler(**arguments)
             scheduler.set_timesteps(num_inference_steps)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for t in scheduler.timesteps:
