@@ -254,14 +254,16 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         if not branches:
             return None
         length = max(states.shape[1] for states, _ in branches)
-        joined = []
-        for kind in range(2):
-            rows = [
-                torch.nn.functional.pad(b[kind], (0, 0) * (1 - kind) + (0, length - b[1].shape[1])) for b in branches
-            ]
-            rows = [row.expand(num_prompts, *row.shape[1:]).repeat_interleave(num_waveforms, 0) for row in rows]
-            joined.append(torch.stack(rows))
-        return _Text(*joined)
+
+        def for_each(rows: torch.Tensor) -> torch.Tensor:
+            padding = [0, 0] * (rows.ndim - 2) + [0, length - rows.shape[1]]
+            rows = torch.nn.functional.pad(rows, padding)
+            return rows.expand(num_prompts, *rows.shape[1:]).repeat_interleave(num_waveforms, 0)
+
+        return _Text(
+            torch.stack([for_each(states) for states, _ in branches]),
+            torch.stack([for_each(mask) for _, mask in branches]),
+        )
 
     # ----- sound that comes in
 
@@ -798,7 +800,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
                 output = self._predict(self.scheduler, latents, t, text, loop, rows, guidance_rescale)
                 latents = self.scheduler.step(output, t, latents, return_dict=False, **step_arguments)[0]
                 if callback_on_step_end is not None:
-                    shown = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                    shown = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)  # there are no others
                     latents = callback_on_step_end(self, step, t, shown).pop("latents", latents)
                 step += 1
                 bar.update()
@@ -822,10 +824,8 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         else:
             mels = self._decode(made, loop, rows)
             if walked == 0 and self.vae is None:
-                new_frames, new_samples = (
-                    torch.zeros_like(mels[:, 0, 0]).bool(),
-                    torch.zeros_like(source.waveform).bool(),
-                )
+                new_frames = torch.zeros(1, clip.computed, dtype=torch.bool, device=device)
+                new_samples = torch.zeros(1, clip.samples, dtype=torch.bool, device=device)
             result = self._output(mels, clip, generator, output_type, loop, source, new_frames, new_samples)
         self.maybe_free_model_hooks()
         return result if return_dict else result.to_tuple()

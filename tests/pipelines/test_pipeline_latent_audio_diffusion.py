@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.testing_utils import CaptureLogger
 from exact_networks import predictor, quiet, seeds
@@ -459,6 +460,42 @@ def test_what_is_kept_comes_back(text_pipe, mel, length, continuous):
     assert rms((results[0].mels - results[1].mels)[..., frames]) > 1e-2
 
 
+def test_latents_beside_what_is_new_are_new(text_pipe, sounds):
+    """Those of which the autoencoder has seen what was there before."""
+    audio = torch.nn.functional.pad(sounds[:1], (0, 1))
+    for loop, frames, expected in ((False, range(12, 16), [5, 6, 7, 8]), (True, range(2), [0, 1, 15])):
+        call = dict(audio=audio if loop else sounds[:1], loop=loop, output_type="latent")
+        mask = torch.tensor([i in frames for i in range(32)])
+        known = text_pipe(strength=0, **call).latents
+        made = text_pipe(mask=mask, generator=seeds(0), **call, **STEPS).latents
+        assert (made != known).any(1).any(1)[0].nonzero().flatten().tolist() == expected
+
+
+def test_windows_that_reach_beyond_the_end_are_not_kept(mel_pipe, mel, sounds):
+    """Those of the front end: half of 256 samples from the last of 1500, at 1372, frame 21 is the nearest."""
+    call = dict(audio=sounds[0, :1500], audio_length_in_s=2047 / 8000, output_type="mel", **STEPS)
+    mels = torch.cat([mel_pipe()(generator=seeds(seed), **call).mels for seed in (0, 1)])
+    known = mel.encode(sounds[:1, :1500])[..., :21]
+    torch.testing.assert_close(mels[..., :21], known.expand(2, -1, -1, -1))
+    assert (mels[0] != mels[1]).all(0).all(0)[21:].all()
+
+
+def test_what_a_vocoder_makes_is_as_loud_as_what_is_kept():
+    class Hiss(ModelMixin):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("unused", torch.zeros(1))
+
+        def forward(self, mels):
+            return DecoderOutput(0.003 * normal(len(mels), 1, 64 * mels.shape[-1], seed=4))
+
+    mel = MelSpectrogram(8000, 256, 64, 16, 32, method="bigvgan")
+    audio = 0.1 * normal(1, 4096)
+    pipe = LatentAudioDiffusionPipeline(predictor(torch.zeros(1, 1, 1, 1)), UNCLIPPED, mel, vocoder=Hiss())
+    made = quiet(pipe)(audio=audio, mask=[(0.2, 0.3)], output_type="pt", **STEPS).audios
+    assert abs(20 * math.log10(rms(made[:, 1600:2400]) / 0.1)) < 1
+
+
 def test_masks_per_sound(mel_pipe, data):
     masks = torch.zeros(2, 32, dtype=torch.bool)
     masks[0, :8] = masks[1, 24:] = True
@@ -470,6 +507,7 @@ def test_strength(mel_pipe, text_pipe, sounds, data):
     pipe = mel_pipe(spread=1.0)
     same = pipe(audio=sounds[:2], strength=0, output_type="pt")
     assert torch.equal(same.audios, sounds[:2]) and torch.equal(same.mels, data[:2])
+    assert torch.equal(pipe(audio=data[:2], strength=0, output_type="pt").mels, data[:2])
     short = pipe(audio=sounds[0, :1500], strength=0, output_type="pt").audios
     assert torch.equal(short, sounds[:1, :1500])
     free = [
