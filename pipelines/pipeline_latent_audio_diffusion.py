@@ -185,9 +185,10 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             raise ValueError(f"The U-Net was made for samples of {size}, but the mel gives {seen}.")
         if self.text_encoder is not None and self._reads_text:
             width = self.text_encoder.config.d_model
-            wanted = unet.get("encoder_hid_dim") or unet.cross_attention_dim
-            if isinstance(wanted, int) and wanted != width:
-                raise ValueError(f"The U-Net reads text of width {wanted}, but the text encoder makes {width}.")
+            if width != self._text_width:
+                raise ValueError(
+                    f"The U-Net reads text of width {self._text_width}, but the text encoder makes {width}."
+                )
 
     @property
     def guidance_scale(self) -> float:
@@ -212,6 +213,12 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
     @property
     def _reads_text(self) -> bool:
         return self.unet.config.get("cross_attention_dim") is not None
+
+    @property
+    def _text_width(self) -> int:
+        c = self.unet.config
+        widths = c.get("encoder_hid_dim") or c.cross_attention_dim
+        return widths if isinstance(widths, int) else widths[0]
 
     @property
     def _unit(self) -> int:
@@ -242,6 +249,9 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         for words, states, tokens in texts:
             if states is None:
                 states, tokens = self.encode_prompt(words)
+            elif states.ndim != 3 or states.shape[2] != self._text_width:
+                wanted = f"(prompts, tokens, {self._text_width})"
+                raise ValueError(f"prompt_embeds have shape {tuple(states.shape)}: they must be {wanted}.")
             elif tokens is None:
                 tokens = states.new_ones(states.shape[:2], dtype=torch.bool)
             branches.append((states.to(self._execution_device), tokens.to(self._execution_device, torch.bool)))
@@ -450,11 +460,15 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             if isinstance(words, (list, tuple)) and not words:
                 raise ValueError(f"{name} is an empty list: give at least one text, or leave it out.")
         for words in [prompt] if isinstance(prompt, str) else prompt or []:
+            if not isinstance(words, str):
+                raise ValueError(f"prompt holds {words!r}: give a text, or a list of texts.")
             if not words.strip():
                 raise ValueError("A prompt is empty: leave prompt out for sounds without one.")
         if self._guidance_scale != 1 and not has_text:
             raise ValueError(f"guidance_scale is {self._guidance_scale}, but there is no prompt to guide towards.")
-        if self._guidance_scale == 1 and has_text and has_negative:
+        if has_negative and not has_text:
+            raise ValueError("There is a negative prompt, but no prompt to guide towards: add one.")
+        if self._guidance_scale == 1 and has_negative:
             raise ValueError("There is a negative prompt, but guidance_scale is 1, which does not look at it.")
         if not 0 <= guidance_rescale <= 1 or (guidance_rescale and not self.do_classifier_free_guidance):
             raise ValueError(
