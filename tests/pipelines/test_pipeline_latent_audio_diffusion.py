@@ -257,13 +257,15 @@ def test_prompts_that_are_too_long(words):
 def test_every_sound_depends_on_its_own_seed_only(text_pipe, sounds, options):
     audio = sounds[:2] if "strength" in options else None
     prompts = ["a low tone", "slow piano and fast drums"]
-    call = dict(num_inference_steps=2, **options)
-    together = text_pipe(prompts, audio=audio, num_waveforms_per_prompt=2, generator=seeds(0, 1, 2, 3), **call).audios
+    call = dict(num_inference_steps=2, output_type="pt", **options)
+    together = text_pipe(prompts, audio=audio, num_waveforms_per_prompt=2, generator=seeds(0, 1, 2, 3), **call)
     for i in (1, 2):
         given = None if audio is None else audio[i // 2]
-        alone = text_pipe(prompts[i // 2], audio=given, generator=seeds(i), **call).audios[0]
-        np.testing.assert_allclose(alone, together[i], atol=1e-3)
-    assert np.abs(together[0] - together[1]).max() > 0.01
+        alone = text_pipe(prompts[i // 2], audio=given, generator=seeds(i), **call)
+        torch.testing.assert_close(alone.mels[0], together.mels[i], atol=1e-3, rtol=1e-3)
+        # Looking for phases makes more of what is rounded.
+        assert rms(alone.audios[0] - together.audios[i]) < 0.1 * rms(together.audios[i])
+    assert rms(together.audios[0] - together.audios[1]) > 0.5 * rms(together.audios[0])
 
 
 def test_noise_of_one_generator(text_pipe):
@@ -377,11 +379,22 @@ def test_lengths(text_pipe, mel, seconds, continuous):
     assert result.audios.shape == (1, samples) and result.mels.shape == (1, 1, 16, samples // 64 + 1)
 
 
-def test_continuous_windows_continue(exact_pipe, mel_pipe, mel):
-    """A network that knows how sounds go on: level after level, a window at a time."""
+def test_continuous_windows_continue(mel_pipe):
+    """Each keeps the half that is there, and makes the other."""
+    windows = []
+
+    def look(pipe, step, timestep, shown):
+        windows.extend([shown["latents"]] if step % 20 == 19 else [])
+        return {}
+
     pipe = mel_pipe(DPMSolverMultistepScheduler(), spread=0.3)
     call = dict(audio_length_in_s=1.0, continuous=True, num_inference_steps=20, output_type="mel")
-    mels = pipe(num_waveforms_per_prompt=3, generator=seeds(0, 1, 2), **call).mels
+    mels = pipe(num_waveforms_per_prompt=3, generator=seeds(0, 1, 2), callback_on_step_end=look, **call).mels
+    done = 0
+    for start, made in zip([0, 16, 32, 48, 64, 80, 94], windows, strict=True):
+        width = min(start + 32, 126) - done
+        assert torch.equal(mels[..., done : done + width], made[..., done - start : done - start + width])
+        done += width
     assert mels.shape == (3, 1, 16, 126)
     assert (mels[:, :, :, 1:] - mels[:, :, :, :-1]).abs().amax((1, 2)).min() > 0.1  # no frame is repeated
     frames = mels[0, 0].T
