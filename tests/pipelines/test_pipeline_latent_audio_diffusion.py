@@ -200,8 +200,12 @@ def test_guidance(text_pipe, options, by_hand_options):
     prompts, noise = ["a low tone", "slow piano and bass"], normal(2, 4, 8, 16)
     with torch.no_grad():
         expected = by_hand(text_pipe, noise, prompts, **by_hand_options)
+    rows = []
+    hook = text_pipe.unet.register_forward_pre_hook(lambda network, inputs: rows.append(len(inputs[0])))
     made = text_pipe(prompts, latents=noise, output_type="latent", **options, **STEPS).latents
+    hook.remove()
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    assert rows == [2 if options.get("guidance_scale", 3) in (0, 1) else 4] * 4  # one branch is enough for one
     assert text_pipe.do_classifier_free_guidance == (options.get("guidance_scale", 3) not in (0, 1))
 
 
@@ -523,6 +527,9 @@ def test_strength(mel_pipe, text_pipe, sounds, data):
     assert torch.equal(pipe(audio=data[:2], strength=0, output_type="pt").mels, data[:2])
     short = pipe(audio=sounds[0, :1500], strength=0, output_type="pt").audios
     assert torch.equal(short, sounds[:1, :1500])
+    # What fills the window up is no silence, which would be heard as the end of the sound.
+    filled = pipe(audio=sounds[0, :1500], strength=0, output_type="latent").latents
+    assert filled.shape == data[:1].shape and (filled.amax(2) > -0.5).all()
     free = [
         text_pipe(audio=audio, strength=1, generator=seeds(5), output_type="latent", **STEPS).latents
         for audio in sounds[:2]
