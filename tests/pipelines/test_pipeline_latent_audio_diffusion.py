@@ -513,6 +513,15 @@ def test_what_a_vocoder_makes_is_as_loud_as_what_is_kept():
     assert abs(20 * math.log10(rms(made[:, 1600:2400]) / 0.1)) < 1
 
 
+def test_variations_are_as_loud_as_the_sound(sounds):
+    """Also where 0 dB is the loudest bin of each sound, so that its mel does not say how loud it is."""
+    mel = MelSpectrogram(8000, 256, 64, 16, 32, ref="slice")
+    quietly = sounds[1:2] / 20
+    pipe = quiet(LatentAudioDiffusionPipeline(predictor(mel.encode(quietly)), UNCLIPPED, mel))
+    made = pipe(audio=quietly, strength=0.5, generator=seeds(0), output_type="pt", **STEPS).audios
+    assert 0.7 < rms(made) / rms(quietly) < 1.4
+
+
 def test_masks_per_sound(mel_pipe, data):
     masks = torch.zeros(2, 32, dtype=torch.bool)
     masks[0, :8] = masks[1, 24:] = True
@@ -595,6 +604,12 @@ def test_loops_of_tones_have_no_seam(mel):
         seam = made.shape[1] - 32
         around, elsewhere = treble[:, seam - 32 : seam + 32].amax(1), treble[:, 64 : seam - 64].amax(1)
         assert (around < 1.5 * elsewhere).all() if loop else (around > 10 * elsewhere).all()
+
+
+def test_a_loop_is_seen_with_itself_around(mel_pipe, mel):
+    loop = 0.1 * normal(1, 2048)
+    seen = mel_pipe()(audio=loop, loop=True, strength=0, output_type="mel").mels
+    torch.testing.assert_close(seen, mel.encode(loop.repeat(1, 3))[..., 32:64], atol=1e-4, rtol=1e-4)
 
 
 def test_a_loop_is_edited_as_a_loop(text_pipe):
