@@ -328,7 +328,9 @@ def main(args: argparse.Namespace) -> None:
         "discriminator": settings_of(opponent.network) if opponent else None,
         "network": settings_of(vae),
     }
-    trained: Any = train(args, accelerator, vae, data, compute_loss, generate, fixed, "vae", opponent, keep_best=True)
+    trained: Any = train(
+        args, accelerator, vae, data, compute_loss, generate, fixed, "vae", opponent=opponent, keep_best=True
+    )
     if trained is not None and accelerator.is_main_process:
         latents = measure_latents(trained, accelerator, data, args.train_batch_size)
         vae = finish(trained, latents)

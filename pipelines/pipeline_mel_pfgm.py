@@ -21,15 +21,16 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .tonefield_mel_editing import (
     Mask,
-    around_ring,
+    Source,
     circular_in_time,
-    decode_ring,
-    frame_of_samples,
+    encode_sound,
+    guided_field,
     interpolate_latents,
     is_spans,
+    make_sound,
     paste,
     read_frames,
-    samples_of_spans,
+    read_mask,
 )
 from .tonefield_repository import SelfContainedPipelineMixin
 
@@ -90,24 +91,6 @@ class MelPFGMLikelihoodOutput(BaseOutput):
 
     log_likelihood: torch.Tensor
     bits_per_dimension: torch.Tensor
-
-
-@dataclass
-class _Source:
-    """Given sound: the mel, and the waveform and the level of 0 dB where there are any, each of as many rows."""
-
-    mel: torch.Tensor
-    waveform: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-
-
-def guided_field(sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, config) -> torch.Tensor:
-    """What a PFGM network would return for a denoised sample: -sqrt(N) E / (|E| + gamma), E = (x - Dn, r)."""
-    radius = (sigma * config.aug_dim**0.5).to(sample).expand(len(sample), 1)
-    field = torch.cat([(sample - denoised).flatten(1), radius], dim=1)
-    field = -((field.shape[1] - 1) ** 0.5) * field / (field.norm(dim=1, keepdim=True) + config.gamma)
-    last = field[:, -1].reshape(-1, 1, 1, 1).expand(-1, 1, *sample.shape[2:])
-    return torch.cat([field[:, :-1].reshape(sample.shape), last], dim=1)
 
 
 class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
@@ -200,7 +183,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         size = self.unet.config.sample_size
         return channels, *((size, size) if isinstance(size, int) else size)
 
-    def _read_audio(self, audio: Sounds, loop: bool = False) -> _Source:
+    def _read_audio(self, audio: Sounds, loop: bool = False) -> Source:
         audio = torch.as_tensor(audio).to(self._execution_device, torch.float32)
         shape = self._sample_shape()
         if audio.ndim == 4:
@@ -208,7 +191,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 raise ValueError(
                     f"audio has shape {tuple(audio.shape)}: a mel must be of shape (batch_size, {shape})."
                 )
-            return _Source(audio)
+            return Source(audio)
         if self.mel is None:
             raise ValueError(
                 f"audio is a waveform, but there is no mel to see it with: pass (batch_size, {shape}), or add a mel."
@@ -223,19 +206,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 f"audio has {audio.shape[1]} samples, but the model sees {expected} ({expected / c.sample_rate:.3f} s"
                 f" at {c.sample_rate} Hz): cut it with `pipe.mel.slices`, or fill it up with zeros."
             )
-        if not loop:
-            mel, reference = self.mel.encode(audio, return_reference=True)
-            return _Source(mel, audio, reference)
-        audio = torch.nn.functional.pad(audio[:, None], (0, ring - audio.shape[1]), mode="replicate")[:, 0]
-        margin = self._ring_margin
-        around = around_ring(ring, margin * c.hop_length).to(audio.device)
-        mel, reference = self.mel.encode(audio[:, around], return_reference=True)
-        return _Source(mel[..., margin : margin + c.num_frames], audio, reference)
-
-    @property
-    def _ring_margin(self) -> int:
-        """Frames of context around a loop: four windows' worth."""
-        return 4 * -(-self.mel.config.n_fft // self.mel.config.hop_length)
+        if loop:
+            audio = torch.nn.functional.pad(audio[:, None], (0, ring - audio.shape[1]), mode="replicate")[:, 0]
+        return encode_sound(self.mel, audio, loop)
 
     def _read_mask(self, mask: Mask, loop: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The mask over frames and the mask over samples; the latter is `None` without a mel."""
@@ -244,16 +217,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             if is_spans(mask):
                 raise ValueError(f"mask is {mask}, but there are no seconds without a mel: give {frames} booleans.")
             return read_frames(mask, frames), None
-        c = self.mel.config
-        num_samples = frames * c.hop_length if loop else self.mel.slice_samples
-        frame = frame_of_samples(num_samples, frames, c.hop_length, c.method == "image", loop)
-        if not is_spans(mask):
-            new_frames = read_frames(mask, frames)
-            return new_frames, new_frames[:, frame.to(new_frames.device)]
-        new_samples = samples_of_spans(mask, c.sample_rate, num_samples)
-        new_frames = torch.zeros(1, frames, dtype=torch.bool)
-        new_frames[0, frame[new_samples[0]]] = True
-        return new_frames, new_samples
+        num_samples = frames * self.mel.config.hop_length if loop else self.mel.slice_samples
+        return read_mask(mask, self.mel, frames, num_samples, loop)
 
     def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
         if class_labels is None:
@@ -359,30 +324,13 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     # ----- what goes out
 
-    def _sound(
-        self, mels: torch.Tensor, generator: Generators, reference: torch.Tensor | None, loop: bool
-    ) -> torch.Tensor:
-        """Waveforms of mels, from the vocoder or else the Griffin-Lim algorithm."""
-
-        def decode(mels: torch.Tensor) -> torch.Tensor:
-            if self.vocoder is None:
-                return self.mel.decode(mels, generator=generator, reference=reference)
-            low, high = self.mel.value_range
-            log_mels = (self.mel.unstandardize(mels[:, 0]).clamp(-1, 1) + 1) * ((high - low) / 2) + low
-            waveform = self.vocoder(log_mels.to(self.vocoder.dtype)).sample[:, 0].float()
-            return waveform[:, : self.mel.samples_for(mels.shape[-1])]
-
-        if not loop:
-            return decode(mels)
-        return decode_ring(decode, mels, self.mel.config.hop_length, self._ring_margin)
-
     def _output(
         self,
         mels: torch.Tensor,
         generator: Generators,
         output_type: str,
         loop: bool = False,
-        source: _Source | None = None,
+        source: Source | None = None,
         new_samples: torch.Tensor | None = None,
     ) -> MelPFGMPipelineOutput:
         if self.mel is None:
@@ -393,9 +341,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             return MelPFGMPipelineOutput(mels=mels, sampling_rate=rate)
         if output_type == "pil":
             return MelPFGMPipelineOutput(images=self.mel.to_image(mels), mels=mels, sampling_rate=rate)
-        source = source or _Source(mels)
+        source = source or Source(mels)
         reference = None if source.reference is None else source.reference.expand(len(mels))
-        audios = self._sound(mels, generator, reference, loop)
+        audios = make_sound(self.mel, self.vocoder, mels, generator, reference, loop)
         if source.waveform is not None and new_samples is not None:
             kept = source.waveform.to(audios.device).expand_as(audios)
             new = new_samples.to(audios.device).expand(audios.shape)

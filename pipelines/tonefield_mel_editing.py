@@ -1,4 +1,4 @@
-"""What pipelines that edit sound share: masks over time, cross-fades, loops, paths between latents.
+"""What pipelines that generate and edit sound share: masks over time, cross-fades, windows, loops, latents between two.
 
 This file travels with the pipelines, hence no import of tonefield, and a name that nobody else uses: diffusers puts
 the files of all local repositories into one package.
@@ -7,7 +7,9 @@ the files of all local repositories into one package.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from diffusers.models.downsampling import Downsample2D
 
 
 Mask = torch.Tensor | np.ndarray | Sequence[bool] | Sequence[tuple[float, float]]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 # Masks: True where new sound is wanted
@@ -37,7 +40,7 @@ def frame_of_samples(num_samples: int, num_frames: int, hop: int, centred: bool,
     return frame % num_frames if ring else frame.clamp(max=num_frames - 1)
 
 
-def is_spans(mask: Mask) -> bool:
+def is_spans(mask: Mask) -> TypeGuard[Sequence[tuple[float, float]]]:
     """Whether a mask is given as (start, end) seconds."""
     return isinstance(mask, (list, tuple)) and len(mask) > 0 and all(np.shape(span) == (2,) for span in mask)
 
@@ -50,6 +53,19 @@ def read_frames(mask: Mask, num_frames: int) -> torch.Tensor:
     if new.ndim not in (1, 2) or new.shape[-1] != num_frames:
         raise ValueError(f"mask has shape {tuple(new.shape)}: give one boolean for each of {num_frames} frames.")
     return new.reshape(-1, num_frames)
+
+
+def read_mask(mask: Mask, mel, num_frames: int, num_samples: int, ring: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask over the frames of a mel and the mask over samples, whichever of both it was given for."""
+    c = mel.config
+    frame = frame_of_samples(num_samples, num_frames, c.hop_length, c.method == "image", ring)
+    if not is_spans(mask):
+        new_frames = read_frames(mask, num_frames)
+        return new_frames, new_frames[:, frame.to(new_frames.device)]
+    new_samples = samples_of_spans(mask, c.sample_rate, num_samples)
+    new_frames = torch.zeros(1, num_frames, dtype=torch.bool)
+    new_frames[0, frame[new_samples[0]]] = True
+    return new_frames, new_samples
 
 
 def distance_to(new: torch.Tensor, ring: bool = False) -> torch.Tensor:
@@ -148,7 +164,62 @@ def decode_ring(decode: Callable, mel: torch.Tensor, hop: int, margin: int, same
     return loop
 
 
+# Sound to mels and back
+
+
+@dataclass
+class Source:
+    """Given sound: the mel, and the waveform and the level of 0 dB where there are any, each of as many rows."""
+
+    mel: torch.Tensor
+    waveform: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
+def ring_margin(mel) -> int:
+    """Frames of context around a loop: four windows' worth."""
+    return 4 * -(-mel.config.n_fft // mel.config.hop_length)
+
+
+def encode_sound(mel, audio: torch.Tensor, loop: bool) -> Source:
+    """What the front end sees of waveforms (batch, samples), or of loops (batch, frames * hop)."""
+    if not loop:
+        seen, reference = mel.encode(audio, return_reference=True)
+        return Source(seen, audio, reference)
+    hop, margin = mel.config.hop_length, ring_margin(mel)
+    around = around_ring(audio.shape[1], margin * hop).to(audio.device)
+    seen, reference = mel.encode(audio[:, around], return_reference=True)
+    return Source(seen[..., margin : margin + audio.shape[1] // hop], audio, reference)
+
+
+def make_sound(
+    mel, vocoder, mels: torch.Tensor, generator: Generators, reference: torch.Tensor | None, loop: bool
+) -> torch.Tensor:
+    """Waveforms of mels, from the vocoder or else the Griffin-Lim algorithm."""
+
+    def decode(mels: torch.Tensor) -> torch.Tensor:
+        if vocoder is None:
+            return mel.decode(mels, generator=generator, reference=reference)
+        low, high = mel.value_range
+        log_mels = (mel.unstandardize(mels[:, 0]).clamp(-1, 1) + 1) * ((high - low) / 2) + low
+        waveform = vocoder(log_mels.to(vocoder.dtype)).sample[:, 0].float()
+        return waveform[:, : mel.samples_for(mels.shape[-1])]
+
+    if not loop:
+        return decode(mels)
+    return decode_ring(decode, mels, mel.config.hop_length, ring_margin(mel))
+
+
 # Latents
+
+
+def guided_field(sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, config) -> torch.Tensor:
+    """What a PFGM network would return for a denoised sample: -sqrt(N) E / (|E| + gamma), E = (x - Dn, r)."""
+    radius = (sigma * config.aug_dim**0.5).to(sample).reshape(-1, 1).expand(len(sample), 1)
+    field = torch.cat([(sample - denoised).flatten(1), radius], dim=1)
+    field = -((field.shape[1] - 1) ** 0.5) * field / (field.norm(dim=1, keepdim=True) + config.gamma)
+    last = field[:, -1].reshape(-1, 1, 1, 1).expand(-1, 1, *sample.shape[2:])
+    return torch.cat([field[:, :-1].reshape(sample.shape), last], dim=1)
 
 
 def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

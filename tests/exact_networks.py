@@ -122,3 +122,49 @@ def seeds(*numbers):
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class GaussianPredictor(ModelMixin, ConfigMixin):
+    """
+    The best network for data of law N(mean, spread^2), number by number; with spread 0, for data that are known.
+
+    `kind` is what it predicts: `"epsilon"`, `"v_prediction"` or `"sample"` on the betas of diffusers' schedulers, the
+    velocity of flow matching (`"flow"`), or the denoised sample of Poisson flow (`"poisson"`). There may be several
+    means, a word for each: the text is then the number of the mean, in the first token that is not masked.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels=1, sample_size=None, cross_attention_dim=None, kind="epsilon", spread=0.0):
+        super().__init__()
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, encoder_attention_mask=None):
+        kind, variance = self.config.kind, self.config.spread**2
+        time = torch.as_tensor(timestep).double().expand(len(sample)).reshape(-1, 1, 1, 1)
+        which = torch.zeros(len(sample), dtype=torch.long)
+        if encoder_hidden_states is not None:
+            first = encoder_attention_mask.int().argmax(1)
+            which = encoder_hidden_states[torch.arange(len(sample)), first, 0].round().long()
+        mean, x = self.mean.double()[which], sample.double()
+        if kind == "poisson":
+            signal, noise = torch.ones_like(time), torch.exp(4 * time)
+        elif kind == "flow":
+            signal, noise = 1 - time / 1000, time / 1000
+        else:  # between its steps sigma is linear, as Euler's and others' schedulers have it
+            alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+            sigmas = ((1 - alphas) / alphas).sqrt()
+            below = time.floor().long().clamp(max=998)
+            sigma = torch.lerp(sigmas[below], sigmas[below + 1], time - below)
+            signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        clean = mean + signal * variance * (x - signal * mean) / (signal**2 * variance + noise**2)
+        epsilon = (x - signal * clean) / noise
+        output = {
+            "epsilon": epsilon, "v_prediction": signal * epsilon - noise * clean, "sample": clean, "poisson": clean,
+            "flow": epsilon - clean,
+        }[kind]  # fmt: skip
+        return UNet2DOutput(output.to(sample.dtype))
+
+
+def predictor(mean, kind="epsilon", spread=0.0, reads_text=False):
+    network = GaussianPredictor(mean.shape[1], cross_attention_dim=1 if reads_text else None, kind=kind, spread=spread)
+    network.register_buffer("mean", mean)
+    return network

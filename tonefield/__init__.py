@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models import PFGMUNet2DModel as PFGMUNet2DModel
     from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .models import TransformersCodec as TransformersCodec
+    from .pipelines import LatentAudioDiffusionPipeline as LatentAudioDiffusionPipeline
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
     from .pipelines import load as load
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "FSQCodec": "models",
+        "LatentAudioDiffusionPipeline": "pipelines",
         "MelPFGMPipeline": "pipelines",
         "MelSpectrogram": "models",
         "MuLawTokenizer": "models",

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from exact_networks import exact, quiet
+from small_t5 import small_text_encoder, small_tokenizer
 
-from tonefield import MelPFGMPipeline, MelSpectrogram, PoissonFlowScheduler
+from tonefield import LatentAudioDiffusionPipeline, MelPFGMPipeline, MelSpectrogram, PoissonFlowScheduler
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,36 @@ def random_pipe(mel):
         norm_num_groups=4, attention_head_dim=8, num_class_embeds=4,
     )  # fmt: skip
     return quiet(MelPFGMPipeline(unet.eval(), PoissonFlowScheduler(), mel))
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer and a text encoder."""
+    tokenizer = small_tokenizer(["a low tone", "a high tone", "slow piano", "fast drums and bass"])
+    return tokenizer, small_text_encoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """An autoencoder of random weights: four channels, half as high and half as wide as a mel."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        1, 1, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 16), latent_channels=4, norm_num_groups=4,
+        sample_size=16, scaling_factor=1.3, shift_factor=0.1,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text_unet():
+    torch.manual_seed(2)
+    return UNet2DConditionModel(
+        (8, 16), 4, 4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 16), layers_per_block=1,
+        cross_attention_dim=16, norm_num_groups=4, attention_head_dim=8,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def text_pipe(mel, vae, words, text_unet):
+    """A pipeline of real networks of random weights that reads text and works on latents."""
+    return quiet(LatentAudioDiffusionPipeline(text_unet, DDIMScheduler(clip_sample=False), mel, vae, *words))

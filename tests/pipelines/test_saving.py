@@ -145,6 +145,35 @@ def test_token_pipelines_with_and_without_tonefield(run, work, bare_python):
         assert (work / "tokens-again" / file).read_bytes() == (work / "tokens" / file).read_bytes(), file
 
 
+SPEAK = """
+pipe.set_progress_bar_config(disable=True)
+generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+np.save("sound.npy", pipe(["a low tone", "drums"], num_inference_steps=2, generator=generators).audios)
+"""
+
+
+def test_text_pipelines_travel(text_pipe, run, work, bare_python):
+    text_pipe.save_pretrained(work / "words")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = text_pipe(["a low tone", "drums"], num_inference_steps=2, generator=generators).audios
+    load = "from diffusers import DiffusionPipeline\n"
+    load += "pipe = DiffusionPipeline.from_pretrained('words', trust_remote_code=True)"
+    done = run(load + SPEAK + "pipe.save_pretrained('words-again')", bare_python)
+    assert "Expected types" not in done.stderr
+    np.testing.assert_allclose(heard(work), expected, atol=1e-5)
+    pipe = quiet(tonefield.load(work / "words-again"))
+    assert type(pipe) is tonefield.LatentAudioDiffusionPipeline and type(pipe.mel) is tonefield.MelSpectrogram
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    again = pipe(["a low tone", "drums"], num_inference_steps=2, generator=generators).audios
+    np.testing.assert_allclose(again, expected, atol=1e-5)
+    card = (work / "words" / "README.md").read_text()
+    assert 'pipe("a few words")' in card and "| text_encoder | `T5EncoderModel` |" in card
+    # Without the networks that sound is made with, it still encodes what they will read.
+    reader = tonefield.load(work / "words", unet=None, vae=None)
+    for ours, theirs in zip(reader.encode_prompt("drums"), text_pipe.encode_prompt("drums"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_without_trust_diffusers_refuses(saved):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(saved[0])
