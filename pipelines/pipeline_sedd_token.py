@@ -442,7 +442,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 texts += [part] * batch_size if not isinstance(part, list) else part * (batch_size // len(part))
             different = list(dict.fromkeys(texts))
             states, words = self.encode_prompt([text or "" for text in different])
-            words &= torch.tensor([[text is not None] for text in different], device=words.device)
+            words &= torch.tensor([[bool(text)] for text in different], device=words.device)  # "" is no text either
             index = torch.tensor([different.index(text) for text in texts], device=words.device)
             result |= dict(encoder_hidden_states=states[index], encoder_attention_mask=words[index])
         return result

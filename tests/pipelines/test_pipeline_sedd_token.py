@@ -413,6 +413,8 @@ def test_conditions_reach_the_network(text_pipe, monkeypatch):
     assert "encoder_hidden_states" not in seen[-1]
     text_pipe(prompt="drums", guidance_scale=0.0, **arguments)
     assert "encoder_hidden_states" not in seen[-1]
+    text_pipe(prompt=["", "drums"], **arguments)  # as in training, where an empty caption is none
+    assert seen[-1]["encoder_attention_mask"].any(dim=1).tolist() == [False, True]
 
 
 def test_prompts_change_the_sound(text_pipe):
