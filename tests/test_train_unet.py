@@ -23,7 +23,7 @@ from tonefield.command_line import UserError
 from tonefield.data.loading import read_record
 from tonefield.models import MelSpectrogram
 from tonefield.schedulers import PoissonFlowScheduler, ScoreSDEScheduler, pfgm_hyperparameters
-from tonefield.training.data import open_data
+from tonefield.training.data import open_data, standardized_front_end
 
 
 def parsed(dataset, *flags):
@@ -299,6 +299,13 @@ def test_dropout_is_the_flags_or_the_networks(mels):
 
 
 # What is refused.
+
+
+def test_records_of_other_data():
+    with pytest.raises(UserError, match=r"holds no mels: .* is tonefield-tokens\. Make mels with audio_to_images"):
+        standardized_front_end({"format": "tonefield-tokens"})
+    with pytest.raises(UserError, match="mels are all the same"):
+        standardized_front_end({"format": "tonefield-mel", "statistics": {"mean": -1.0, "std": 0.0}})
 
 
 def test_bad_flags(capsys):

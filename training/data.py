@@ -304,8 +304,13 @@ def open_split(args, split: str):
 def standardized_front_end(record: dict) -> MelSpectrogram:
     """The front end of a record, whose `mean` and `std` give the dataset the mean 0 and the spread `SIGMA_DATA`."""
     statistics, front_end = record.get("statistics", {}), record.get("front_end", {})
-    if record.get("format") != "tonefield-mel" or not statistics.get("std", 0) > 0:
-        raise UserError("The dataset's record of its front end is not that of mel spectrograms with any variation.")
+    if record.get("format") != "tonefield-mel":
+        raise UserError(
+            f"The dataset holds no mels: the record of its front end is {record.get('format')}. Make mels with"
+            " audio_to_images.py."
+        )
+    if not statistics.get("std", 0) > 0:
+        raise UserError("The dataset's mels are all the same, silence perhaps: there is nothing to learn from them.")
     return MelSpectrogram(**front_end | {"mean": statistics["mean"], "std": statistics["std"] / SIGMA_DATA})
 
 
