@@ -140,16 +140,24 @@ def latent_shape(vae: AutoencoderKL, mel: MelSpectrogram) -> tuple[int, int, int
 
 
 def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
-    """An autoencoder that is not trained, and its front end if it comes with one: a folder or a Hub id that holds both
-    in `vae` and `mel`, as train_vae.py writes them, or an autoencoder alone."""
+    """
+    An autoencoder that is not trained, and its front end if it comes with one: a folder or a Hub id that holds both in
+    `vae` and `mel`, as train_vae.py writes them, or an autoencoder alone.
+    """
+
+    def load(cls, subfolder: str | None):
+        if subfolder and Path(name).exists() and not Path(name, subfolder).is_dir():
+            raise OSError  # diffusers would take what lies one folder above
+        return cls.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+
     vae = mel = None
     try:
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
-        mel = MelSpectrogram.from_pretrained(name, subfolder="mel")
+        vae = load(AutoencoderKL, "vae")
+        mel = load(MelSpectrogram, "mel")
     except OSError:
         pass
     try:
-        vae = vae or AutoencoderKL.from_pretrained(name, use_safetensors=True)
+        vae = vae or load(AutoencoderKL, None)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
     return vae.requires_grad_(False).eval(), mel

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, T5EncoderModel
 
 from tonefield.command_line import UserError, first_line
 from tonefield.pipelines import encode_text
@@ -25,6 +24,8 @@ def open_text_encoder(args) -> tuple[Any, Any]:
     """The tokenizer and the encoder of texts, which are not trained; `None` twice without --text_encoder."""
     if args.text_encoder is None:
         return None, None
+    from transformers import AutoTokenizer, T5EncoderModel
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
         encoder = T5EncoderModel.from_pretrained(args.text_encoder, use_safetensors=True)
