@@ -1,6 +1,7 @@
 """What was trained, on the Hub, and what its model card tells of the training."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def command(script: str, args, defaults, num_processes: int) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            local = isinstance(value, str) and Path(value).exists()
+            local = isinstance(value, str) and os.path.exists(value)  # a recipe's network is longer than any path
             words += [f"--{name}", Path(value).resolve().name if local else str(value)]
     return shlex.join(words)
 
