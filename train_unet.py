@@ -258,9 +258,9 @@ def make_unet(args, data, text_width: int | None = None):
     levels = len(config.get("block_out_channels", (224, 448, 672, 896)))
     factor = 2 ** (levels - 1)
     if height % factor or width % factor:
-        kind, unit = ("latents", data.mel.config.n_mels // height * factor) if data.vae else ("data", factor)
+        kind, unit = (" latents", data.mel.config.n_mels // height * factor) if data.vae else ("", factor)
         raise UserError(
-            f"{levels} levels halve the input {levels - 1} times, which {kind} of {height} x {width} do not allow. Use"
+            f"{levels} levels halve the input {levels - 1} times, which {height} x {width}{kind} does not allow. Use"
             f" a dataset with multiples of {unit} (audio_to_images.py --resolution), or fewer levels (--model_size)."
         )
     torch.manual_seed(args.seed)

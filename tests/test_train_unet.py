@@ -356,7 +356,7 @@ def test_bad_networks(mels, tmp_path):
     refused("num_class_embeds 11, the dataset wants 3", {"num_class_embeds": 11})
     refused("in_channels 3, the dataset wants 1", {"in_channels": 3})
     refused("must consist of the arguments", [1])
-    refused("net.json names the network UNet3000; there are UNet2DModel, UNet2DConditionModel", {"_class_name": "UNet3000"})
+    refused("net.json names the network UNet3000; there are UNet2DModel, UNet2D", {"_class_name": "UNet3000"})
     refused("PFGMUNet2DModel cannot be built: .*depth", published(depth=3))
     refused("PFGMUNet2DModel cannot be built: NoBlock does not exist", published(down_block_types=["NoBlock"] * 2))
     refused("PFGMTransformerUNet2DModel cannot be built: .*depth", TRANSFORMER | {"depth": 3})

@@ -321,7 +321,7 @@ def test_bad_data(mels, latents, vae, words, tmp_path):
     refused(r"^--vae .*nowhere cannot be loaded", mels, f"--vae={tmp_path / 'nowhere'}")
     refused("holds latents, which know texts", latents, "--class_conditional")
     refused(
-        "do not allow. Use a dataset with multiples of 32",
+        "4 times, which 8 x 8 latents does not allow. Use a dataset with multiples of 32",
         latents,
         "--model_config={block_out_channels: [8, 8, 8, 8, 8]}",
     )
