@@ -38,7 +38,7 @@ def clock() -> float:
 
 
 def make_parts(args: argparse.Namespace, latent: bool):
-    """Front end, autoencoder, flags, what `train_unet.py` needs to know of the data, and a T5 of the size of t5-small."""
+    """Front end, autoencoder, flags, what `train_unet.py` needs to know of the data, and a T5 as large as t5-small."""
     mel, vae = MelSpectrogram.from_preset(args.preset), None
     shape = (1, mel.config.n_mels, mel.config.num_frames)
     if latent:
@@ -119,9 +119,8 @@ def train_steps(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    print(
-        f"{args.preset}, {args.model_size}, batches of {args.batch}, {args.steps} steps, {torch.get_num_threads()} threads"
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"{args.preset}, {args.model_size}, batches of {args.batch}, {args.steps} steps, {DEVICE}, {threads}")
     print("\n| a second of mel | numbers | time | against mels | memory |\n|---|---|---|---|---|")
     usual = None
     for name, latent in (("mels", False), ("latents, decoded", True)):

@@ -277,6 +277,15 @@ def test_sizes(latents):
     assert all(2 * small < large for small, large in itertools.pairwise(counts))
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*text*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe):
+    args = train_unet.parse_args([f"--config={recipe}", "--dataset_name=x"])
+    assert args.text_encoder
+    data = SimpleNamespace(sample_shape=(4, 16, 16), class_names=[], vae={"any": 1}, mel=None)
+    with torch.device("meta"):
+        assert type(train_unet.make_unet(args, data, 512)).__name__ == "UNet2DConditionModel"
+
+
 def test_a_network_of_ones_own(latents, words, tmp_path):
     args, data, *_ = opened(latents, words, f"--model_config={tmp_path / 'net.yaml'}")
     usual = "block_out_channels: [8, 8]\ndown_block_types: [CrossAttnDownBlock2D, DownBlock2D]\n"
