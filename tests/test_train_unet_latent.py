@@ -329,6 +329,8 @@ def test_bad_data(mels, latents, vae, words, tmp_path):
     refused(r"^--text_encoder .*nowhere cannot be loaded", mels, f"--text_encoder={tmp_path / 'nowhere'}")
     refused(r"^--vae .*nowhere cannot be loaded", mels, f"--vae={tmp_path / 'nowhere'}")
     refused("holds latents, which know texts", latents, "--class_conditional")
+    shutil.copytree(latents, tmp_path / "bare", ignore=shutil.ignore_patterns("vae"))
+    refused("comes without its autoencoder, name it with --vae", tmp_path / "bare")
     refused(
         "4 times, which 8 x 8 latents does not allow. Use a dataset with multiples of 32",
         latents,

@@ -167,9 +167,16 @@ def open_vae_of_latents(args, data: TrainingData) -> AutoencoderKL:
     """The autoencoder that lies within a dataset of latents, here or on the Hub, or that --vae names: the one that
     made them, or it is refused."""
     name, wanted = args.vae or args.dataset_name, data.vae["fingerprint"]
-    if args.vae is None and not Path(name).exists():
-        name = snapshot_download(name, repo_type="dataset", allow_patterns=["vae/*", "mel/*"])
-    vae, _ = open_vae(name)
+    try:
+        if args.vae is None and not Path(name).exists():
+            name = snapshot_download(name, repo_type="dataset", allow_patterns=["vae/*", "mel/*"])
+        vae, _ = open_vae(name)
+    except (UserError, OSError, ValueError) as error:
+        if args.vae is not None:
+            raise
+        raise UserError(
+            f"{args.dataset_name} comes without its autoencoder, name it with --vae: {first_line(error)}"
+        ) from None
     if fingerprint(vae) != wanted:
         raise UserError(
             f"The autoencoder in {name} is {fingerprint(vae)}, the latents of {args.dataset_name} were made by"
