@@ -12,6 +12,7 @@ are listed in `rejects.jsonl`.
 
 import argparse
 import math
+from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 from tonefield.data.arguments import (
@@ -71,7 +72,7 @@ def open_codec(args: argparse.Namespace):
     from tonefield.models import load_audio_tokenizer
 
     try:
-        codec = load_audio_tokenizer(args.codec)
+        codec: Any = load_audio_tokenizer(args.codec)
     except (OSError, ValueError) as error:
         raise UserError(f"--codec {args.codec} cannot be loaded: {first_line(error)}") from None
     try:

@@ -13,6 +13,7 @@ import argparse
 import json
 from argparse import BooleanOptionalAction
 from pathlib import Path
+from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 from tonefield.training.arguments import (
@@ -185,9 +186,10 @@ def make_transformer(args, data, scheduler, text_dim: int | None = None):
     else:
         size = (PRESETS | {"micro": MICRO})[args.model_size]
     usual = {"dropout": args.dropout, "time_conditioning": told, "max_length": data.num_frames}
+    arguments: dict[str, Any] = usual | size | derived
     torch.manual_seed(args.seed)
     try:
-        model = SEDDTransformer1DModel(**usual | size | derived)
+        model = SEDDTransformer1DModel(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"SEDDTransformer1DModel cannot be built: {first_line(error)}") from None
     if args.gradient_checkpointing:
@@ -333,7 +335,7 @@ def make_samples(args, accelerator, scheduler, data, text):
         pipeline = SEDDTokenPipeline(transformer, law, data.codec.to(accelerator.device), *text)
         pipeline.set_progress_bar_config(disable=True)
         generators = make_generators(args.seed, "sample", list(range(count)), accelerator.device)
-        sounds = pipeline(
+        sounds: Any = pipeline(
             batch_size=count, class_labels=labels, prompt=prompts, num_frames=max(1, round(data.mean_frames)),
             num_inference_steps=args.num_inference_steps, generator=generators, output_type="pt",
         )  # fmt: skip

@@ -47,7 +47,7 @@ def make_dataset(folder: Path, frames: int) -> Path:
     features = Features(
         {"codes": List(List(Value("uint16"))), "num_samples": Value("int64"), RECORD_COLUMN: record_feature(record)}
     )
-    DatasetDict(train=Dataset.from_dict(columns, features=features)).save_to_disk(folder)
+    DatasetDict({"train": Dataset.from_dict(columns, features=features)}).save_to_disk(folder)
     codec.save_pretrained(folder / CODEC_FOLDER)
     return folder
 

@@ -101,17 +101,6 @@ def generators_of_runs(generator: Generators, count: int) -> list[Generators]:
     ]
 
 
-def guided_logits(without: torch.Tensor, towards: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """
-    Logits of p^w q^(1 - w) for the laws p `towards` and q `without` a condition, normalised to the sum of e^logits
-    that the former have. The sum is the rate of unmasking if logits are scores: guidance must not change it.
-    """
-    law, base = towards.log_softmax(-1), without.log_softmax(-1)
-    guided = base + guidance_scale * (law - base)
-    guided = torch.where(towards == -torch.inf, towards, guided)  # what cannot be remains impossible
-    return guided.log_softmax(-1) + towards.logsumexp(-1, keepdim=True)
-
-
 class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     r"""
     Generates sound as the tokens of an audio codec, all of them masks (or noise) in the beginning.
@@ -453,7 +442,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 texts += [part] * batch_size if not isinstance(part, list) else part * (batch_size // len(part))
             different = list(dict.fromkeys(texts))
             states, words = self.encode_prompt([text or "" for text in different])
-            words &= torch.tensor([[text is not None] for text in different], device=words.device)
+            words &= torch.tensor([[bool(text)] for text in different], device=words.device)  # "" is no text either
             index = torch.tensor([different.index(text) for text in texts], device=words.device)
             result |= dict(encoder_hidden_states=states[index], encoder_attention_mask=words[index])
         return result
@@ -466,7 +455,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         positions = None if positions is None else torch.cat([positions] * 2)
         timestep = torch.cat([timestep] * 2)
         logits = self.transformer(torch.cat([tokens] * 2), timestep, positions=positions, **conditions).sample
-        return guided_logits(*logits.chunk(2), self.guidance_scale)
+        without, towards = logits.chunk(2)
+        return self.scheduler.guide(towards, without, self.guidance_scale)
 
     # ----- tokens
 

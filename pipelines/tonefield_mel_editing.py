@@ -1,4 +1,4 @@
-"""What pipelines that make and edit sound share: masks over time, cross-fades, windows, loops, paths between latents.
+"""What pipelines that generate and edit sound share: masks, cross-fades, windows, loops, latents between two.
 
 This file travels with the pipelines, hence no import of tonefield, and a name that nobody else uses: diffusers puts
 the files of all local repositories into one package.

@@ -746,6 +746,10 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
 
     # Sampling
 
+    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """Logits for `step` that follow a condition more than the network does (see [`guided_logits`])."""
+        return guided_logits(conditional, unconditional, guidance_scale)
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """
         Set the number of steps from t = 1 to t = 0. `start` plans a run with them.

@@ -461,15 +461,15 @@ def test_a_grammar_is_learned(tmp_path, labels):
     that; one that was told wrong classes knows neither, and makes what does not belong to them.
     """
     rng = np.random.default_rng(0)
-    codes = {str(kind): motifs(kind, 150, rng) for kind in range(4)}
+    codes = {str(kind): motifs(kind, 400, rng) for kind in range(4)}
     if labels == "permuted":
         rows = rng.permutation(np.concatenate(list(codes.values())))
-        codes = {str(kind): rows[150 * kind : 150 * (kind + 1)] for kind in range(4)}
+        codes = {str(kind): rows[400 * kind : 400 * (kind + 1)] for kind in range(4)}
     data = tokenize(write_sounds(tmp_path / "sounds", codes), make_codec(tmp_path / "codec"), tmp_path / "data",
                     "--validation_fraction=0.1")  # fmt: skip
     (tmp_path / "net.yaml").write_text("hidden_size: 64\nnum_layers: 3\nnum_heads: 2\ncond_dim: 32\n")
     flags = ("--train_batch_size=64", "--gradient_accumulation_steps=1", "--max_train_steps=800", "--dropout=0",
-             "--learning_rate=0.005", "--lr_scheduler=cosine", "--lr_warmup_steps=30", "--ema_max_decay=0.98",
+             "--learning_rate=0.003", "--lr_scheduler=cosine", "--lr_warmup_steps=50", "--ema_max_decay=0.98",
              "--t_sampling=mask_count", "--validation_steps=800", "--num_validation_draws=16", "--logging_steps=100",
              "--num_validation_samples=0", "--label_dropout=0.05")  # fmt: skip
     folder = train(tmp_path / "out", data, tmp_path / "net.yaml", *flags)

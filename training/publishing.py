@@ -90,7 +90,7 @@ def command(script: str, args, defaults, num_processes: int) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            local = isinstance(value, str) and os.path.exists(value)  # a recipe's network is longer than any path
+            local = isinstance(value, str) and os.path.exists(value)  # which a long JSON does not upset
             words += [f"--{name}", Path(value).resolve().name if local else str(value)]
     return shlex.join(words)
 

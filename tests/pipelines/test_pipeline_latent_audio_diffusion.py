@@ -522,6 +522,22 @@ def test_variations_are_as_loud_as_the_sound(sounds):
     assert 0.7 < rms(made) / rms(quietly) < 1.4
 
 
+def test_the_network_sees_what_is_kept(text_pipe, sounds):
+    """At each step with the noise of that step, so that what is new can fit to it."""
+    seen, made, noise = [], [], normal(1, 4, 8, 16)
+    hook = text_pipe.unet.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[:2]))
+    for audio in sounds[:2]:
+        known = text_pipe(audio=audio, strength=0, output_type="latent").latents
+        seen.clear()
+        made.append(text_pipe(audio=audio, mask=[(0.0, 0.1)], latents=noise, output_type="latent", **STEPS).latents)
+        for x, t in seen:
+            expected = text_pipe.scheduler.add_noise(known, noise, t[None])
+            torch.testing.assert_close(x[..., 9:], expected[..., 9:])
+        assert len(seen) == 4
+    hook.remove()
+    assert rms((made[0] - made[1])[..., :5]) > 1e-3
+
+
 def test_masks_per_sound(mel_pipe, data):
     masks = torch.zeros(2, 32, dtype=torch.bool)
     masks[0, :8] = masks[1, 24:] = True

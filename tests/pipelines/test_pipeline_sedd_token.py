@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 import tonefield
 from tonefield import FSQCodec, MuLawTokenizer, ScoreEntropyScheduler, SEDDTokenPipeline, SEDDTransformer1DModel
 from tonefield.models.token_layouts import apply_layout, undo_layout
-from tonefield.pipelines.pipeline_sedd_token import guided_logits
 
 
 def table_pipe(books=1, frames=3, classes=1, layout="parallel", vocab_size=3, **scheduler):
@@ -109,7 +108,8 @@ def test_guidance_moves_no_mass_between_masks_and_tokens():
     p, q = (logits.exp() / logits.exp().sum(-1, keepdim=True) for logits in (towards, without))
     law = p**3 / torch.where(q > 0, q, 1) ** 2
     expected = law / law.sum(-1, keepdim=True) * towards.exp().sum(-1, keepdim=True)
-    torch.testing.assert_close(guided_logits(without, towards, 3.0).exp(), expected)
+    guided = ScoreEntropyScheduler(vocab_size=5).guide(towards, without, 3.0)
+    torch.testing.assert_close(guided.exp(), expected)
 
 
 def test_law_of_long_sounds():
@@ -413,6 +413,8 @@ def test_conditions_reach_the_network(text_pipe, monkeypatch):
     assert "encoder_hidden_states" not in seen[-1]
     text_pipe(prompt="drums", guidance_scale=0.0, **arguments)
     assert "encoder_hidden_states" not in seen[-1]
+    text_pipe(prompt=["", "drums"], **arguments)  # as in training, where an empty caption is none
+    assert seen[-1]["encoder_attention_mask"].any(dim=1).tolist() == [False, True]
 
 
 def test_prompts_change_the_sound(text_pipe):

@@ -276,7 +276,7 @@ def test_networks_travel_too(mel, run, work, bare_python):
         unet = make().eval()
         torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
         scheduler = PoissonFlowScheduler(aug_dim=1, prediction_type="field", z_exp=1.0, prior_radius_quantile=0.9)
-        pipe = quiet(MelPFGMPipeline(unet, scheduler, mel))
+        pipe = quiet(MelPFGMPipeline(unet, scheduler, mel, label2id=LABELS))
         pipe.save_pretrained(work / name)
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         labels = dict(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
