@@ -18,6 +18,7 @@ from typing import Any
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 from tonefield.training.arguments import (
     add_data_arguments,
+    add_text_arguments,
     add_training_arguments,
     check_arguments,
     prepare_output_dir,
@@ -59,17 +60,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="P",
         help="how often the class is withheld, for classifier-free guidance (default: %(default)s)",
     )
-    data.add_argument("--caption_column", default="caption", metavar="NAME", help="the texts (default: %(default)s)")
-    data.add_argument(
-        "--text_encoder", metavar="NAME", help="tell the network the text: a T5 encoder, folder or Hub id"
-    )
-    data.add_argument(
-        "--prompt_dropout",
-        type=float,
-        default=0.1,
-        metavar="P",
-        help="how often the text is withheld, for classifier-free guidance (default: %(default)s)",
-    )
+    add_text_arguments(data)
 
     model = parser.add_argument_group("network and noise")
     model.add_argument("--model_size", choices=MODEL_SIZES, default="tiny", help="(default: %(default)s)")
@@ -221,20 +212,6 @@ class Words:
         return {"word_ids": words["input_ids"], "word_mask": words["attention_mask"].bool() & there[:, None]}
 
 
-def open_text_encoder(args):
-    """The tokenizer and the encoder of texts, which are not trained; `None` twice without --text_encoder."""
-    if args.text_encoder is None:
-        return None, None
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
-        encoder = T5EncoderModel.from_pretrained(args.text_encoder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--text_encoder {args.text_encoder} cannot be loaded: {first_line(error)}") from None
-    return tokenizer, encoder.requires_grad_(False).eval()
-
-
 def make_condition(args, data, encoder):
     """`condition(batch, generators, training)`: what the network is told beside the tokens, now and then withheld."""
     import torch
@@ -372,6 +349,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tonefield.training.loop import make_accelerator, train
     from tonefield.training.publishing import find_repository, publish, settings_of
+    from tonefield.training.text import open_text_encoder
     from tonefield.training.token_data import open_tokens
 
     accelerator = make_accelerator(args)

@@ -1,12 +1,16 @@
-"""Trains a U-Net to generate mel spectrograms (or pictures) by Poisson flow, diffusion or a score SDE.
+"""Trains a U-Net to generate mel spectrograms, their latents, or pictures by Poisson flow, diffusion or a score SDE.
 
     python train_unet.py --config recipes/fsdd-64-cpu.yaml --dataset_name mels/digits --output_dir outputs/digits
     accelerate launch --num_processes 8 train_unet.py --config recipes/fsdd-64-gpu.yaml --dataset_name mels/digits
+    python train_unet.py --dataset_name latents/songs --text_encoder google-t5/t5-small
+    python train_unet.py --dataset_name mels/songs --vae outputs/songs-vae --text_encoder google/flan-t5-base
     python train_unet.py --dataset_name mels/digits --test
 
 The dataset is one that audio_to_images.py made; its front end, statistics and classes come from there. With
---image_column any dataset of pictures will do. --output_dir receives `checkpoint-<step>` folders, `metrics.jsonl`,
-what the network generates in `samples`, and at the end the pipeline, with the averaged weights.
+--image_column any dataset of pictures will do. With --vae the network learns the latents that an autoencoder makes of
+the mels; a dataset of latents (train_vae.py --cache_latents) has them ready. With --text_encoder it is told captions.
+--output_dir receives `checkpoint-<step>` folders, `metrics.jsonl`, what the network generates in `samples`, and at the
+end the pipeline, with the averaged weights.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from pathlib import Path
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 from tonefield.training.arguments import (
     add_data_arguments,
+    add_text_arguments,
     add_training_arguments,
     check_arguments,
     prepare_output_dir,
@@ -36,6 +41,7 @@ MODEL_SIZES = {
 # What --model_config may name, and where it is found.
 NETWORKS = {
     "UNet2DModel": "diffusers",
+    "UNet2DConditionModel": "diffusers",
     "PFGMUNet2DModel": "tonefield.models",
     "PFGMTransformerUNet2DModel": "tonefield.models",
 }
@@ -82,6 +88,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="P",
         help="how often the class is withheld, for classifier-free guidance (default: %(default)s)",
     )
+    data.add_argument(
+        "--vae",
+        metavar="NAME",
+        help="learn the latents that this autoencoder makes of mels, as they are read: what train_vae.py wrote, or an"
+        " AutoencoderKL, folder or Hub id (a dataset of latents brings its own)",
+    )
+    add_text_arguments(data)
 
     model = parser.add_argument_group("network and objective")
     model.add_argument("--model_size", choices=MODEL_SIZES, default="small", help="(default: %(default)s)")
@@ -89,7 +102,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--model_config",
         metavar="FILE",
         help="instead: the network's arguments, JSON or YAML; _class_name is one of"
-        f" {', '.join(NETWORKS)} (default: the first). A recipe can hold them itself",
+        f" {', '.join(NETWORKS)} (default: the first; told a text, the second). A recipe can hold them itself",
     )
     model.add_argument("--dropout", type=float, metavar="P", help="(default: that of --model_config, otherwise 0)")
     model.add_argument(
@@ -124,7 +137,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parse(parser, argv)
 
     check_arguments(parser, args)
-    for name in ("label_dropout", "dropout"):
+    for name in ("label_dropout", "prompt_dropout", "dropout"):
         if not 0 <= (getattr(args, name) or 0) < 1:
             parser.error(f"--{name} lies between 0 and 1, not at {getattr(args, name):g}")
     if args.objective not in POISSON and args.aug_dim is not None:
@@ -138,10 +151,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--mixed_precision fp16 cannot hold the noise of less than 2 augmented dimensions: use bf16")
     if args.objective in WITH_CHARGES and args.field_batch_size is not None and args.streaming:
         parser.error("--field_batch_size wants rows by number, which --streaming does not have")
+    for name in ("vae", "text_encoder"):
+        if getattr(args, name) is None:
+            continue
+        if args.image_column is not None:
+            parser.error(f"--{name} belongs to mels, and --image_column to pictures")
+        if args.class_conditional:
+            parser.error(f"--class_conditional does not go with --{name}: what makes the sound is told no classes")
+        args.class_conditional = False
+    if args.text_encoder is not None and args.objective in WITH_CHARGES:
+        parser.error(f"--objective {args.objective} knows classes, not texts: use pfgmpp with --text_encoder")
+    if args.text_encoder is not None and args.streaming:
+        parser.error("--text_encoder encodes all captions beforehand, which --streaming does not know")
+    if args.vae is not None and args.field_batch_size is not None:
+        parser.error("--field_batch_size wants latents without --vae: train_vae.py --cache_latents makes them")
     return args
 
 
-def read_network(given: str) -> tuple[str, dict]:
+def read_network(given: str, usual: str) -> tuple[str, dict]:
     """The class and the arguments that `--model_config` gives: a file, or JSON itself, as a recipe passes them."""
     import yaml
 
@@ -153,7 +180,7 @@ def read_network(given: str) -> tuple[str, dict]:
         raise UserError(f"{source} cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source} must consist of the arguments of a network.")
-    class_name = config.get("_class_name", next(iter(NETWORKS)))
+    class_name = config.get("_class_name", usual)
     if class_name not in NETWORKS:
         raise UserError(f"{source} names the network {class_name}; there are {', '.join(NETWORKS)}.")
     return class_name, {name: number(value) for name, value in config.items() if not name.startswith("_")}
@@ -172,8 +199,9 @@ def noise_dimensions(args) -> float:
     return args.aug_dim or (1 if args.objective == "field" else 128)
 
 
-def make_unet(args, data):
-    """The network for the data: the flags' layout, one channel more for a field, one class more for "no class"."""
+def make_unet(args, data, text_width: int | None = None):
+    """The network for the data: the flags' layout, one channel more for a field, one class more for "no class"; with
+    the width of the text that it is to be told, one that reads it."""
     import torch
 
     channels, height, width = data.sample_shape
@@ -183,22 +211,28 @@ def make_unet(args, data):
         "out_channels": channels + (args.objective == "field"),
         "num_class_embeds": len(data.class_names) + 1 if data.class_names else None,
     }
-    class_name = next(iter(NETWORKS))
+    reading = {} if text_width is None else {"cross_attention_dim": text_width}
+    derived |= reading
+    class_name = "UNet2DConditionModel" if reading else next(iter(NETWORKS))
     if args.model_config:
-        class_name, config = read_network(args.model_config)
+        class_name, config = read_network(args.model_config, class_name)
+        if (class_name == "UNet2DConditionModel") != bool(reading):
+            why = "does not read text" if reading else "reads text"
+            raise UserError(f"{class_name} {why}: use UNet2DConditionModel with --text_encoder, and without it not.")
         for name, meaning in {
             "num_class_embeds": "one for each class and one for none",
             "in_channels": "channels of the data",
             "out_channels": "channels of what the objective predicts",
+            **dict.fromkeys(reading, "the width of the text encoder"),
         }.items():
             if config.get(name, derived[name]) != derived[name]:
                 raise UserError(
                     f"--model_config has {name} {config[name]}, the dataset wants {derived[name]} ({meaning})."
                 )
-        if class_name != "UNet2DModel" and args.objective not in POISSON:
+        if class_name.startswith("PFGM") and args.objective not in POISSON:
             raise UserError(
                 f"{class_name} sees noise levels, which --objective {args.objective} does not have:"
-                f" use {', '.join(POISSON)}, or a UNet2DModel."
+                f" use {', '.join(POISSON)}, or a network of diffusers."
             )
         config = config | derived | ({} if args.dropout is None else {"dropout": args.dropout})
     else:
@@ -210,19 +244,24 @@ def make_unet(args, data):
         config = derived | {
             "block_out_channels": size["block_out_channels"],
             "layers_per_block": size["layers"],
-            "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-            "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
-            "add_attention": attention[-1],
-            "attention_head_dim": size["head_dim"],
             "norm_num_groups": size["groups"],
             "dropout": args.dropout or 0.0,
         }
+        blocks = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if reading else ("AttnDownBlock2D", "AttnUpBlock2D")
+        config["down_block_types"] = [blocks[0] if here else "DownBlock2D" for here in attention]
+        config["up_block_types"] = [blocks[1] if here else "UpBlock2D" for here in reversed(attention)]
+        if reading:  # where diffusers calls the number of heads their dimension
+            heads = tuple(max(1, count // size["head_dim"]) for count in size["block_out_channels"])
+            config["attention_head_dim"] = heads
+        else:
+            config |= {"add_attention": attention[-1], "attention_head_dim": size["head_dim"]}
     levels = len(config.get("block_out_channels", (224, 448, 672, 896)))
     factor = 2 ** (levels - 1)
     if height % factor or width % factor:
+        kind, unit = (" latents", data.mel.config.n_mels // height * factor) if data.vae else ("", factor)
         raise UserError(
-            f"{levels} levels halve the input {levels - 1} times, which {height} x {width} does not allow."
-            f" Use a dataset with multiples of {factor} (audio_to_images.py --resolution), or fewer levels."
+            f"{levels} levels halve the input {levels - 1} times, which {height} x {width}{kind} does not allow. Use"
+            f" a dataset with multiples of {unit} (audio_to_images.py --resolution), or fewer levels (--model_size)."
         )
     torch.manual_seed(args.seed)
     try:
@@ -269,12 +308,23 @@ def make_scheduler(args, data):
         raise UserError(first_line(error).replace("`", "")) from None
 
 
-def make_loss(args, scheduler, data, accelerator):
-    """`compute_loss` of the training loop for the objective: told the class, and with charges where it has any."""
+def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
+    """
+    `compute_loss` of the training loop for the objective: told the class or the text, and with charges where it has
+    any. With a `vae` the mels of the batch are made latents first.
+    """
     import torch
 
     from tonefield.training import objectives
     from tonefield.training.randomness import uniform
+
+    null = None
+    if texts is not None:
+        from tonefield.training.text import withhold
+
+        null = texts([""])["text_states"][0].to(accelerator.device)
+    if vae is not None:
+        from tonefield.training.latents import draw_latents
 
     null_class = len(data.class_names)
     held_out_charges = []
@@ -301,13 +351,27 @@ def make_loss(args, scheduler, data, accelerator):
             classes = None if classes is None else accelerator.gather(classes)
         return charges, classes
 
+    def read_text(batch, generators, dropout):
+        """What the network is told of the texts; of those that are withheld, the empty text."""
+        states, mask = batch["text_states"], batch["text_mask"]
+        if dropout:
+            withheld = uniform(len(states), generators, states.device) < dropout
+            states, mask = withhold(states, mask, withheld, null)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
     def compute_loss(unet, batch, generators):
-        clean, labels = batch["clean"], None
+        if vae is not None:
+            with accelerator.autocast():
+                batch = batch | {"clean": draw_latents(vae, batch["clean"], batch["posterior_noise"])}
+        clean, labels, arguments = batch["clean"], None, {}
         if "class_labels" in batch:
             labels = told(batch["class_labels"], generators, args.label_dropout if unet.training else 0.0)
+            arguments["class_labels"] = labels
+        if texts is not None:
+            arguments |= read_text(batch, generators, args.prompt_dropout if unet.training else 0.0)
 
         def network(x, timestep):
-            return unet(x, timestep, **({} if labels is None else {"class_labels": labels})).sample
+            return unet(x, timestep, **arguments).sample
 
         if args.objective in WITH_CHARGES:
             charges, classes = charges_of(batch, unet.training)
@@ -323,52 +387,104 @@ def make_loss(args, scheduler, data, accelerator):
     return compute_loss
 
 
-def make_pipeline(args, accelerator, unet, scheduler, data, steps: int):
+def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, text):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
-    from tonefield.pipelines import MelPFGMPipeline
+    from tonefield.pipelines import LatentAudioDiffusionPipeline, MelPFGMPipeline
     from tonefield.training.publishing import training_facts
 
     defaults = parse_args(["--dataset_name=none"])
     card = training_facts("train_unet.py", args, defaults, accelerator)
     card |= {"objective": args.objective, "num_inference_steps": steps}
+    if vae is not None or text[1] is not None:
+        return LatentAudioDiffusionPipeline(unet, scheduler, data.mel, vae, *text, card=card)
     label2id = {name: label for label, name in enumerate(data.class_names)} or None
     return MelPFGMPipeline(unet, scheduler, data.mel, card=card, label2id=label2id)
+
+
+def make_samples(args, accelerator, scheduler, data, steps: int, vae, texts):
+    """`generate` of the training loop: mels or pictures, of all classes or held-out captions if there are any."""
+    from tonefield.training.validation import draw_samples, show_mels, show_samples, spread_labels
+
+    count, folder = args.num_validation_samples, Path(args.output_dir, "samples")
+    labels, trackers = spread_labels(count, len(data.class_names)), accelerator.trackers
+
+    def generate(network, step: int) -> None:
+        samples = draw_samples(network, scheduler, data.sample_shape, count, steps, args.seed, labels)
+        show_samples(samples, data, labels, folder, step, trackers)
+
+    def generate_as_the_pipeline_does(network, step: int) -> None:
+        from tonefield.pipelines import LatentAudioDiffusionPipeline
+        from tonefield.training.randomness import make_generators
+        from tonefield.training.text import some_captions
+
+        place = None if vae is None else vae.device
+        law = type(scheduler).from_config(scheduler.config)  # the run of another leaves no trace in this one
+        pipeline = LatentAudioDiffusionPipeline(network, law, data.mel, vae).to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        captions, words = [], {}
+        if texts is not None:
+            captions = some_captions(data, args.caption_column, count)
+            for name, some in (("", captions), ("negative_", [""])):
+                read = texts(some)
+                words |= {f"{name}prompt_embeds": read["text_states"]}
+                words |= {f"{name}prompt_attention_mask": read["text_mask"]}
+        mels = pipeline(
+            num_waveforms_per_prompt=1 if words else count, num_inference_steps=steps, output_type="mel",
+            generator=make_generators(args.seed, "sample", list(range(count)), accelerator.device), **words,
+        ).mels  # fmt: skip
+        pipeline.mel.to("cpu")
+        if vae is not None:  # which nothing else needs on the device where the latents are ready
+            vae.to(place)
+        show_mels(mels, data.mel, folder, step, trackers, captions)
+
+    if not count:
+        return None
+    return generate if vae is None and texts is None else generate_as_the_pipeline_does
 
 
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
     from tonefield.training.data import open_data
+    from tonefield.training.latents import encode_on_the_fly, open_vae_of_latents
     from tonefield.training.loop import make_accelerator, train
     from tonefield.training.publishing import find_repository, publish, settings_of
-    from tonefield.training.validation import draw_samples, show_samples, spread_labels
+    from tonefield.training.text import add_texts, open_text_encoder, text_fingerprint
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
-    data = open_data(args)
+    tokenizer, encoder = open_text_encoder(args)
+    data = open_data(args, args.caption_column if encoder is not None else None)
+    vae = coder = texts = None
     if data.vae:
-        raise UserError(f"{args.dataset_name} holds latents, and no pipeline turns latents into sound yet: use mels.")
-    unet, scheduler = make_unet(args, data), make_scheduler(args, data)
+        if data.class_names:
+            raise UserError(f"--class_conditional: {args.dataset_name} holds latents, which know texts, not classes.")
+        vae = open_vae_of_latents(args, data)
+    elif args.vae is not None:
+        vae = coder = encode_on_the_fly(args, data).to(accelerator.device)
+    unet = make_unet(args, data, encoder.config.d_model if encoder is not None else None)
+    scheduler = make_scheduler(args, data)
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
+    if encoder is not None:
+        texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)
     steps = args.num_inference_steps
     steps = steps or (18 if args.objective in POISSON else 50 if "prediction" in args.objective else 200)
-    count = args.num_validation_samples
-    labels = spread_labels(count, len(data.class_names))
-
-    def generate(network, step: int) -> None:
-        if count:
-            samples = draw_samples(network, scheduler, data.sample_shape, count, steps, args.seed, labels)
-            show_samples(samples, data, labels, folder / "samples", step, accelerator.trackers)
 
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    classes = f"{len(data.class_names)} classes" if data.class_names else "no classes"
-    accelerator.print(f"{parameters:,} parameters, {'x'.join(map(str, data.sample_shape))} samples, {classes}")
+    told = f"{len(data.class_names)} classes" if data.class_names else "no classes"
+    told = told if texts is None else f"{len(texts.numbers) - 1} different captions"
+    kind = "latents" if data.vae else "samples"
+    accelerator.print(f"{parameters:,} parameters, {'x'.join(map(str, data.sample_shape))} {kind}, {told}")
     fixed = {"objective": args.objective, "scheduler": settings_of(scheduler), "network": settings_of(unet)}
-    loss = make_loss(args, scheduler, data, accelerator)
+    if encoder is not None:
+        fixed["text encoder"] = text_fingerprint(tokenizer, encoder)
+    loss = make_loss(args, scheduler, data, accelerator, coder, texts)
+    generate = make_samples(args, accelerator, scheduler, data, steps, vae, texts)
     trained = train(args, accelerator, unet, data, loss, generate, fixed)
     if trained is not None and accelerator.is_main_process:
-        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, steps)
+        text = (tokenizer, encoder)
+        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, steps, vae, text)
         pipeline.save_pretrained(folder)
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))

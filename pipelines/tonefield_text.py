@@ -21,6 +21,7 @@ def encode_text(
     prompts: str | Sequence[str],
     device: torch.device | str | None = None,
     max_length: int | None = None,
+    cut_off: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The last hidden states of a text encoder for all tokens of each prompt.
@@ -35,6 +36,7 @@ def encode_text(
         prompts (`str` or `list[str]`): One or several.
         device (`torch.device` or `str`, *optional*): Where to encode; where the encoder is by default.
         max_length (`int`, *optional*): Most tokens of a prompt, the end included; what the tokenizer says by default.
+        cut_off (`list[str]`, *optional*): Receives what is cut off, in the place of the warnings.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: States of shape `(prompts, tokens, width)`, and a boolean mask of shape
@@ -53,7 +55,10 @@ def encode_text(
             raise ValueError(f"the tokenizer makes nothing of {prompt!r}: it must append an end token, as T5's do.")
         if len(every) > kept:
             rest = tokenizer.decode(every[kept - 1 :], skip_special_tokens=True)  # the end token takes a place
-            logger.warning(f"The text encoder takes {limit} tokens; this part of a prompt is cut off: {rest!r}")
+            if cut_off is None:
+                logger.warning(f"The text encoder takes {limit} tokens; this part of a prompt is cut off: {rest!r}")
+            else:
+                cut_off.append(rest)
     device = text_encoder.device if device is None else device
     mask = tokens.attention_mask.to(device)
     states = text_encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state

@@ -20,6 +20,7 @@ from tonefield.command_line import UserError
 from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature
 from tonefield.training.loop import make_accelerator
 from tonefield.training.randomness import make_generators
+from tonefield.training.text import open_text_encoder
 from tonefield.training.token_data import open_tokens
 
 
@@ -403,7 +404,7 @@ def captioned(tmp_path_factory) -> Path:
 def test_texts_are_read_and_withheld(captioned, network, text_encoder, tmp_path):
     flags = (f"--text_encoder={text_encoder}", "--no-class_conditional")
     args = parsed(captioned, network, *flags)
-    tokenizer, encoder = train_sedd.open_text_encoder(args)
+    tokenizer, encoder = open_text_encoder(args)
     rows, positions = open_tokens(args, "parallel", train_sedd.Words(tokenizer)), list(range(26))
     batch, _ = batch_of(rows, positions)
     told = []

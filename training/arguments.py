@@ -48,6 +48,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
+def add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of networks that are told a text."""
+    group.add_argument("--caption_column", default="caption", metavar="NAME", help="the texts (default: %(default)s)")
+    group.add_argument(
+        "--text_encoder", metavar="NAME", help="tell the network the text: a T5 encoder, folder or Hub id"
+    )
+    group.add_argument(
+        "--prompt_dropout",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="how often the text is withheld, for classifier-free guidance (default: %(default)s)",
+    )
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(

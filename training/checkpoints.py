@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors.torch import load_file
@@ -129,6 +130,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of an output folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def fingerprint_of(model: torch.nn.Module, *settings: Any) -> str:
+    """Tells networks apart: equal when weights and settings are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    if settings:
+        digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()[:16]
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ processes see what one would.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,14 +143,21 @@ def _as_it_is(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class ReadMels:
-    """Mels as the model sees them, with labels: -1 where a row has none."""
+    """
+    Mels as the model sees them, with labels: -1 where a row has none. With the shape of latents, also the noise for
+    draws from their posteriors.
+    """
 
     mel: MelSpectrogram
     class_column: str | None = None
+    latent_shape: tuple[int, int, int] | None = None
+    seed: int = 0
 
     def __call__(self, columns: dict, positions: list[int]) -> dict:
         mels = torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in columns["mel"]]))
         batch = {"positions": positions, "clean": self.mel.standardize(mels)}
+        if self.latent_shape is not None:
+            batch["posterior_noise"] = posterior_noise(self.latent_shape, positions, self.seed)
         return batch | labels_of(columns, self.class_column)
 
 
@@ -166,8 +173,7 @@ class ReadLatents:
             torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in columns[name]]))
             for name in LATENT_COLUMNS
         )
-        generators = make_generators(self.seed, "posterior", positions)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        noise = posterior_noise(mean.shape[1:], positions, self.seed)
         return {"positions": positions, "clean": mean + std * noise} | labels_of(columns, self.class_column)
 
 
@@ -201,6 +207,12 @@ class ReadPictures:
             pixels = (pixels + noise) * (255 / 256)
         batch = {"positions": positions, "clean": pixels / 127.5 - 1}
         return batch | labels_of(columns, self.class_column)
+
+
+def posterior_noise(shape: Sequence[int], positions: list[int], seed: int) -> torch.Tensor:
+    """The same whether latents are read or made: it belongs to the position."""
+    generators = make_generators(seed, "posterior", positions)
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def labels_of(columns: dict, name: str | None) -> dict:
@@ -251,7 +263,7 @@ class TrainingData:
                 yield self.read(self.validation[mine[start : start + size]], mine[start : start + size])
 
 
-def open_data(args) -> TrainingData:
+def open_data(args, caption_column: str | None = None) -> TrainingData:
     """The dataset that the flags name: mels or latents with their record, or pictures with --image_column."""
     rows = open_split(args, args.train_split)
     features = rows.features or {}
@@ -265,7 +277,13 @@ def open_data(args) -> TrainingData:
         )
     if not args.streaming and len(rows) == 0:
         raise UserError(f"The split {args.train_split!r} of {args.dataset_name} has no rows.")
+    if caption_column is not None and caption_column not in features:
+        raise UserError(
+            f"--caption_column: {args.dataset_name} has no column {caption_column!r}; it has {', '.join(features)}."
+        )
     class_column, class_names = find_classes(args, features)
+    if record.get("format") == "tonefield-latents" and args.class_conditional is None:
+        class_column, class_names = None, []  # what makes sound of latents is told texts, not classes
     validation = open_validation(args)
 
     vae, columns = {}, ["mel"]
@@ -283,7 +301,7 @@ def open_data(args) -> TrainingData:
         mel = standardized_front_end(record)
         read, sigma_data = ReadMels(mel, class_column), SIGMA_DATA
         shape = (1, mel.config.n_mels, mel.config.num_frames)
-    columns += [class_column] if class_column else []
+    columns += [name for name in (class_column, caption_column) if name]
     rows = rows.select_columns(columns)
     if validation is not None:
         validation = validation.select_columns(columns)

@@ -5,9 +5,7 @@ says, and all that the mel's row held besides. The record of the dataset is that
 autoencoder; the folder holds the autoencoder and the mel front end themselves.
 """
 
-import hashlib
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
 from tonefield.models.mel_spectrogram import MelSpectrogram
-from tonefield.training.data import LATENT_COLUMNS, EndlessRows, TrainingData, open_split
+from tonefield.training.checkpoints import fingerprint_of
+from tonefield.training.data import LATENT_COLUMNS, EndlessRows, ReadMels, TrainingData, open_split
 from tonefield.training.publishing import settings_of
 
 
@@ -31,11 +31,7 @@ MEASURED_ROWS = 10_000  # more would change the third digit of a mean
 
 def fingerprint(vae: AutoencoderKL) -> str:
     """Tells autoencoders apart: equal when the same latents mean the same mel."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([vae.config.scaling_factor, vae.config.shift_factor]).encode())
-    return digest.hexdigest()[:16]
+    return fingerprint_of(vae, vae.config.scaling_factor, vae.config.shift_factor)
 
 
 def training_mels(data: TrainingData, size: int) -> Iterator[torch.Tensor]:
@@ -141,3 +137,89 @@ def latent_shape(vae: AutoencoderKL, mel: MelSpectrogram) -> tuple[int, int, int
     """Channels, height and width of the latents of one slice."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return vae.config.latent_channels, mel.config.n_mels // factor, mel.config.num_frames // factor
+
+
+def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
+    """
+    An autoencoder that is not trained, and its front end if it comes with one: a folder or a Hub id that holds both in
+    `vae` and `mel`, as train_vae.py writes them, or an autoencoder alone.
+    """
+
+    def load(cls, subfolder: str | None):
+        if subfolder and Path(name).exists() and not Path(name, subfolder).is_dir():
+            raise OSError  # diffusers would take what lies one folder above
+        return cls.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+
+    vae = mel = None
+    try:
+        vae = load(AutoencoderKL, "vae")
+        mel = load(MelSpectrogram, "mel")
+    except OSError:
+        pass
+    try:
+        vae = vae or load(AutoencoderKL, None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
+    return vae.requires_grad_(False).eval(), mel
+
+
+def open_vae_of_latents(args, data: TrainingData) -> AutoencoderKL:
+    """The autoencoder that lies within a dataset of latents, here or on the Hub, or that --vae names: the one that
+    made them, or it is refused."""
+    name, wanted = args.vae or args.dataset_name, data.vae["fingerprint"]
+    try:
+        if args.vae is None and not Path(name).exists():
+            name = snapshot_download(name, repo_type="dataset", allow_patterns=["vae/*", "mel/*"])
+        vae, _ = open_vae(name)
+    except (UserError, OSError, ValueError) as error:
+        if args.vae is not None:
+            raise
+        raise UserError(
+            f"{args.dataset_name} comes without its autoencoder, name it with --vae: {first_line(error)}"
+        ) from None
+    if fingerprint(vae) != wanted:
+        raise UserError(
+            f"The autoencoder in {name} is {fingerprint(vae)}, the latents of {args.dataset_name} were made by"
+            f" {wanted}: give that one, or make the latents again (train_vae.py --cache_latents)."
+        )
+    return vae
+
+
+def encode_on_the_fly(args, data: TrainingData) -> AutoencoderKL:
+    """Has a dataset of mels be trained on as the latents of --vae: `draw_latents` then makes them."""
+    vae, front_end = open_vae(args.vae)
+    mel = data.mel
+    assert mel is not None
+    if front_end is not None:
+        if front_end.fingerprint() != mel.fingerprint():
+            ours, theirs = settings_of(mel), settings_of(front_end)
+            different = [n for n in ours if n not in ("mean", "std", "num_frames") and ours[n] != theirs.get(n)]
+            raise UserError(
+                f"--vae {args.vae} was trained on other mels than those of {args.dataset_name}: "
+                + ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in different)
+                + ". Train an autoencoder on these (train_vae.py)."
+            )
+        # It has seen mels of the mean 0 and the spread of its own dataset.
+        scale = {name: front_end.config[name] for name in ("mean", "std")}
+        data.mel = mel = MelSpectrogram(**settings_of(mel) | scale)
+    if vae.config.in_channels != 1:
+        raise UserError(f"--vae {args.vae} encodes {vae.config.in_channels} channels, a mel has one.")
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = data.sample_shape[1:]
+    if height % factor or width % factor:
+        raise UserError(
+            f"--vae {args.vae} halves mels {factor.bit_length() - 1} times, which {height} x {width} (bands x frames)"
+            f" does not allow: make a dataset of multiples of {factor} (audio_to_images.py --resolution)."
+        )
+    data.sample_shape, data.sigma_data = latent_shape(vae, mel), 1.0
+    data.vae = {"fingerprint": fingerprint(vae), "config": settings_of(vae)}
+    data.read = data.train.read = ReadMels(mel, data.read.class_column, data.sample_shape, args.seed)
+    return vae
+
+
+@torch.no_grad()
+def draw_latents(vae: AutoencoderKL, mels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draws from the posteriors of mels, of mean 0 and deviation 1 as the network sees them."""
+    posterior = vae.encode(mels).latent_dist
+    draws = posterior.mean.float() + posterior.std.float() * noise
+    return (draws - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
