@@ -19,6 +19,7 @@ import json
 import math
 from argparse import BooleanOptionalAction
 from pathlib import Path
+from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 from tonefield.training.arguments import (
@@ -354,7 +355,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
     def read_text(batch, generators, dropout):
         """What the network is told of the texts; of those that are withheld, the empty text."""
         states, mask = batch["text_states"], batch["text_mask"]
-        if dropout:
+        if null is not None and dropout:
             withheld = uniform(len(states), generators, states.device) < dropout
             states, mask = withhold(states, mask, withheld, null)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
@@ -428,7 +429,7 @@ def make_samples(args, accelerator, scheduler, data, steps: int, vae, texts):
                 read = texts(some)
                 words |= {f"{name}prompt_embeds": read["text_states"]}
                 words |= {f"{name}prompt_attention_mask": read["text_mask"]}
-        mels = pipeline(
+        mels: Any = pipeline(
             num_waveforms_per_prompt=1 if words else count, num_inference_steps=steps, output_type="mel",
             generator=make_generators(args.seed, "sample", list(range(count)), accelerator.device), **words,
         ).mels  # fmt: skip

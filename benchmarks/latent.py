@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +40,14 @@ def clock() -> float:
 
 def make_parts(args: argparse.Namespace, latent: bool):
     """Front end, autoencoder, flags, what `train_unet.py` needs to know of the data, and a T5 as large as t5-small."""
-    mel, vae = MelSpectrogram.from_preset(args.preset), None
+    mel = MelSpectrogram.from_preset(args.preset)
+    vae: Any = None
     shape = (1, mel.config.n_mels, mel.config.num_frames)
     if latent:
         flags = train_vae.parse_args(["--dataset_name=x", f"--model_size={args.model_size}", "--latent_channels=4"])
         trainable = train_vae.make_vae(flags, SimpleNamespace(sample_shape=shape))
-        vae = train_vae.finish(trainable, {"mean": 0.0, "std": 1.0}).requires_grad_(False).to(DEVICE)
+        vae = train_vae.finish(trainable, {"mean": 0.0, "std": 1.0}).requires_grad_(False)
+        vae.to(DEVICE)
         shape = latent_shape(vae, mel)
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -3.0) for word in words)]

@@ -126,7 +126,7 @@ def withhold(states: torch.Tensor, mask: torch.Tensor, which: torch.Tensor, null
 
 def some_captions(data: TrainingData, column: str, count: int) -> list[str]:
     """Different held-out captions, or training captions where nothing is held out; again from the start if few."""
-    rows = data.train.rows if data.validation is None else data.validation
+    rows: Any = data.train.rows if data.validation is None else data.validation
     wanted = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int).tolist()
     different = list(dict.fromkeys(map(str, rows.select_columns([column])[wanted][column])))
     return [different[index % len(different)] for index in range(count)]
