@@ -96,11 +96,13 @@ def istft(spectra: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     return signal / overlap_add(window.square().expand(1, count, -1))[:, inside]
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.silence_after
 def silence_after(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Sounds (batch, samples) without what comes after their lengths."""
     return waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.prepare_waveform
 def prepare_waveform(
     waveform: torch.Tensor, sampling_rate: int, own_rate: int, lengths: torch.Tensor | list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -136,6 +138,7 @@ def prepare_waveform(
     return waveform, lengths
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.check_codes
 def check_codes(codes: torch.Tensor, num_codebooks: int, codebook_size: int) -> None:
     """Refuses what no tokenizer of this shape can have written."""
     if codes.ndim != 3 or codes.shape[1] != num_codebooks or 0 in codes.shape:

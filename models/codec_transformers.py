@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModel
 KINDS = ("encodec", "dac", "mimi")
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.silence_after
 def silence_after(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Sounds (batch, samples) without what comes after their lengths."""
     return waveform.masked_fill(torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None], 0)
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.prepare_waveform
 def prepare_waveform(
     waveform: torch.Tensor, sampling_rate: int, own_rate: int, lengths: torch.Tensor | list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,6 +58,7 @@ def prepare_waveform(
     return waveform, lengths
 
 
+# Copied from tonefield.models.audio_tokenizer_mulaw.check_codes
 def check_codes(codes: torch.Tensor, num_codebooks: int, codebook_size: int) -> None:
     """Refuses what no tokenizer of this shape can have written."""
     if codes.ndim != 3 or codes.shape[1] != num_codebooks or 0 in codes.shape:

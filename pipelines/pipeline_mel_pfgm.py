@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
+from .tonefield_classes import Labels, order_names, read_labels
 from .tonefield_mel_editing import (
     Mask,
     Source,
@@ -37,7 +38,6 @@ from .tonefield_repository import SelfContainedPipelineMixin
 
 Generators = torch.Generator | list[torch.Generator] | None
 Sounds = torch.Tensor | np.ndarray
-Labels = int | str | list[int | str] | torch.Tensor | None
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -132,10 +132,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, mel=mel, vocoder=vocoder)
-        if label2id is not None:
-            label2id = dict(sorted(label2id.items(), key=lambda item: item[1]))  # a file knows no order
-            if list(label2id.values()) != list(range(self.num_classes)):
-                raise ValueError(f"label2id is {label2id}: name each of the network's {self.num_classes} classes.")
+        label2id = order_names(label2id, self.num_classes)
         self.register_to_config(card=card, label2id=label2id)
         if vocoder is not None and (mel is None or mel.config.method != "bigvgan"):
             raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
@@ -219,22 +216,6 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             return read_frames(mask, frames), None
         num_samples = frames * self.mel.config.hop_length if loop else self.mel.slice_samples
         return read_mask(mask, self.mel, frames, num_samples, loop)
-
-    def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
-        if class_labels is None:
-            return None
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.reshape(-1).tolist()
-        given = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if self.num_classes == 0:
-            raise ValueError(f"class_labels is {given}, but the network has no classes: leave it out.")
-        ids = self.config.label2id or {}
-        for label in given:
-            if label not in (ids if isinstance(label, str) else range(self.num_classes)):
-                names = f", or {', '.join(ids)}" if ids else ""
-                raise ValueError(f"class_labels holds {label!r}: labels are 0 to {self.num_classes - 1}{names}.")
-        labels = [ids[label] if isinstance(label, str) else label for label in given]
-        return torch.tensor(labels, device=self._execution_device, dtype=torch.long)
 
     def check_inputs(
         self,
@@ -433,7 +414,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         device = self._execution_device
-        labels = self._read_labels(class_labels)
+        labels = read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device)
         source = None if audio is None else self._read_audio(audio, loop)
         new_frames, new_samples = (None, None) if mask is None else self._read_mask(mask, loop)
 
@@ -522,7 +503,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             `torch.Tensor` of shape `(batch_size, channels, n_mels, frames)`: `latents` for `__call__`.
         """
         mels = self._read_audio(audio).mel
-        labels = self._all_labels(self._read_labels(class_labels), len(mels))
+        labels = self._all_labels(
+            read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device), len(mels)
+        )
         latents = self._integrate(mels, labels, upwards=True, rtol=rtol, atol=atol)
         self.maybe_free_model_hooks()
         return latents
@@ -558,7 +541,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"n is {n}, and there are {len(ends[0])} and {len(ends[1])} sounds: use n >= 2, one each."
             )
-        labels = self._read_labels(class_labels)
+        labels = read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device)
         latents = self.invert(torch.cat(ends), class_labels, rtol, atol)
         path = interpolate_latents(latents[:1], latents[1:], torch.linspace(0, 1, n, dtype=torch.float64))
         mels = self._integrate(path, self._all_labels(labels, n), upwards=False, rtol=rtol, atol=atol)
@@ -591,7 +574,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             [`MelPFGMLikelihoodOutput`]
         """
         mels = self._read_audio(audio).mel
-        labels = self._all_labels(self._read_labels(class_labels), len(mels))
+        labels = self._all_labels(
+            read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device), len(mels)
+        )
         _, nats = self._integrate(
             mels, labels, upwards=True, rtol=rtol, atol=atol, log_likelihood=True, divergence=divergence,
             generator=generator,

@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .tonefield_classes import Labels, order_names, read_labels
 from .tonefield_mel_editing import Mask, around_ring, decode_ring, is_spans, paste, read_frames, samples_of_spans
 from .tonefield_repository import SelfContainedPipelineMixin
 
@@ -23,7 +24,6 @@ logger = logging.get_logger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 Sounds = torch.Tensor | np.ndarray
-Labels = int | str | list[int | str] | torch.Tensor | np.ndarray | None
 Prompts = str | list[str] | None
 
 EXAMPLE_DOC_STRING = """
@@ -147,10 +147,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
         )
-        if label2id is not None:
-            label2id = dict(sorted(label2id.items(), key=lambda item: item[1]))  # a file knows no order
-            if list(label2id.values()) != list(range(self.num_classes)):
-                raise ValueError(f"label2id is {label2id}: name each of the network's {self.num_classes} classes.")
+        label2id = order_names(label2id, self.num_classes)
         self.register_to_config(card=card, label2id=label2id)
         self._check_components()
         self._guidance_scale = 1.0
@@ -338,22 +335,6 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         codes = torch.nn.functional.pad(codes.to(device), (0, frames - codes.shape[2]))
         waveform = torch.nn.functional.pad(audio, (0, num_samples - known))
         return _Canvas(codes, new_frames, num_samples, waveform, new_samples)
-
-    def _read_labels(self, class_labels: Labels) -> torch.Tensor | None:
-        if class_labels is None:
-            return None
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.reshape(-1).tolist()
-        given = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if self.num_classes == 0:
-            raise ValueError(f"class_labels is {given}, but the network has no classes: leave it out.")
-        ids = self.config.label2id or {}
-        for label in given:
-            if label not in (ids if isinstance(label, str) else range(self.num_classes)):
-                names = f", or {', '.join(ids)}" if ids else ""
-                raise ValueError(f"class_labels holds {label!r}: labels are 0 to {self.num_classes - 1}{names}.")
-        labels = [ids[label] if isinstance(label, str) else label for label in given]
-        return torch.tensor(labels, device=self._execution_device, dtype=torch.long)
 
     def encode_prompt(self, prompt: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of texts, `(texts, words, text_dim)`, and where there are words, `(texts, words)`."""
@@ -586,7 +567,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self._check_components()
         self._guidance_scale, self._num_timesteps = guidance_scale, 0
         codec, device = self.audio_tokenizer, self._execution_device
-        labels = self._read_labels(class_labels)
+        labels = read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device)
         waveform = None if audio is None else self._read_audio(audio, sampling_rate)
         codes = None if tokens is None else self._read_codes(tokens)
         given = None if waveform is None else waveform.shape[1]
