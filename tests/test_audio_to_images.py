@@ -463,7 +463,12 @@ def test_flags_that_are_refused(flags, message, capsys):
 def start(*flags, **options) -> subprocess.Popen:
     command = [sys.executable, "audio_to_images.py", *map(str, flags)]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(command, **options)
+    # What a shell starts in the background ignores interrupts, and so would what the tests start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_status_and_the_one_line(tmp_path):
