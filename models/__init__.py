@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
     from .unet_2d_pfgm_transformer import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
+    from .unet_2d_song import SongUNet2DModel as SongUNet2DModel
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         "PFGMUNet2DModel": "unet_2d_pfgm",
         "PatchDiscriminator": "discriminator_patch",
         "SEDDTransformer1DModel": "transformer_sedd",
+        "SongUNet2DModel": "unet_2d_song",
         "TransformersCodec": "codec_transformers",
         "load_audio_tokenizer": "loading",
     },

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .models import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
     from .models import PFGMUNet2DModel as PFGMUNet2DModel
     from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
+    from .models import SongUNet2DModel as SongUNet2DModel
     from .models import TransformersCodec as TransformersCodec
     from .pipelines import LatentAudioDiffusionPipeline as LatentAudioDiffusionPipeline
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
@@ -45,6 +46,7 @@ __getattr__, __dir__, __all__ = attach(
         "SEDDTransformer1DModel": "models",
         "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
+        "SongUNet2DModel": "models",
         "TransformersCodec": "models",
         "load": "pipelines",
     },
