@@ -119,7 +119,7 @@ def write(converted: Any, args: argparse.Namespace) -> None:
     unfinished = target.with_name(f".{target.name}.unfinished")  # so that OUT is never half of something
     shutil.rmtree(unfinished, ignore_errors=True)
     if isinstance(converted, DiffusionPipeline):
-        converted.register_to_config(card=facts)
+        converted.register_to_config(card=(converted.config.get("card") or {}) | facts)
         converted.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(converted.model_card(target.resolve().name), encoding="utf-8")
     else:

@@ -178,12 +178,12 @@ def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]
                 raise ValueError(f"{key} is not the filter of {unet.config.form}.")
             continue
         if key == "map_noise.freqs":
-            converted["frequencies"] = tensor.float() * (2 * torch.pi)
+            converted["frequencies"] = tensor * (2 * torch.pi)
             continue
         if module not in names and module.count(".") == 2:
             outside, _, inside = module.rpartition(".")
             module = f"{names.get(outside, outside)}.{BLOCK.get(inside, inside)}"
-        converted[f"{names.get(module, module)}.{name}"] = tensor.float()
+        converted[f"{names.get(module, module)}.{name}"] = tensor
     return converted
 
 
@@ -213,12 +213,11 @@ def convert_pfgmpp(
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} has a preconditioning of impossible arguments: {error}") from None
     kind = "EDM diffusion" if aug_dim is None else f"PFGM++ with D = {aug_dim}"
-    card = {"description": f"{kind}, imported from a published checkpoint.", "num_inference_steps": 18}
+    about = f"{kind}, imported from a published checkpoint."
     if unet.config.num_class_embeds and not (DEFAULTS | inside)["label_dropout"]:
-        card["description"] += " The network was always told a class: without `class_labels` it does not know what to do."
-    mel = None
-    if mel_preset is not None:
-        mel = mel_for(mel_preset, unet)
+        about += " The network was always told a class: without `class_labels` it does not know what to do."
+    card = {"description": about, "license": LICENSE, "num_inference_steps": 18}
+    mel = None if mel_preset is None else mel_for(mel_preset, unet)
     return MelPFGMPipeline(unet.eval(), scheduler, mel, card=card)
 
 

@@ -186,3 +186,92 @@ def transformer_unet(w, x, z, nf, multipliers, blocks, attention):
     assert not passed
     h = w.conv("out.2", F.silu(norm("out.0", h)), channels + 1, padding=1)
     return h[:, :channels], h[:, channels].mean((1, 2))
+
+
+def filtered(x, taps, up, pad):
+    """Zeros between the values (`up`), zeros around them, and a filter along both axes that sums to `up` each."""
+    stuffed = x.new_zeros(*x.shape[:2], up * x.shape[2], up * x.shape[3])
+    stuffed[..., ::up, ::up] = x
+    taps = torch.tensor(taps, dtype=x.dtype) * up / sum(taps)
+    for dim in (2, 3):
+        padded = F.pad(stuffed.movedim(dim, -1), pad)
+        width = padded.shape[-1] - len(taps) + 1
+        stuffed = sum(tap * padded[..., i : i + width] for i, tap in enumerate(taps)).movedim(-1, dim)
+    return stuffed
+
+
+def song_unet(w, x, noise, form, nf, multipliers, blocks, attention, out, classes=None, augmentation=None):
+    """EDM's SongUNet as DDPM++ or NCSN++; `noise` is ln(sigma) / 4, the classes and augmentations are vectors."""
+    smooth = form == "ncsnpp"
+    taps = [1, 3, 3, 1] if smooth else [1, 1]
+    size, width = x.shape[-1], nf * (2 if smooth else 1)
+
+    def smaller(h):
+        return filtered(h, taps, 1, (1, 1) if smooth else (0, 0))[..., ::2, ::2]
+
+    def larger(h):
+        return filtered(h, taps, 2, (2, 1) if smooth else (1, 0))
+
+    def norm(layer, h):
+        return w.norm(layer, h, min(h.shape[1] // 4, 32), 1e-6)
+
+    if smooth:
+        angles = noise[:, None] * (2 * math.pi * w("map_noise.freqs", width // 2))
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    else:
+        embedding = sinusoids(noise, width)
+    if classes is not None:
+        embedding = embedding + w.linear("map_label", classes * math.sqrt(classes.shape[1]), width)
+    if augmentation is not None:
+        embedding = embedding + w.linear("map_augment", augmentation, width, bias=False)
+    embedding = F.silu(w.linear("map_layer0", embedding, 4 * nf))
+    embedding = F.silu(w.linear("map_layer1", embedding, 4 * nf))
+
+    def block(layer, h, out, attend=False, resample=None):
+        skip = h
+        h = F.silu(norm(f"{layer}.norm0", h))
+        if resample is not None:
+            h, skip = resample(h), resample(skip)
+            w[f"{layer}.conv0.resample_filter"] = w[f"{layer}.skip.resample_filter"] = table
+        h = w.conv(f"{layer}.conv0", h, out, padding=1) + w.linear(f"{layer}.affine", embedding, out)[..., None, None]
+        h = w.conv(f"{layer}.conv1", F.silu(norm(f"{layer}.norm1", h)), out, padding=1)
+        if skip.shape[1] != out or resample is not None:
+            skip = w.conv(f"{layer}.skip", skip, out, 1)
+        h = (skip + h) / math.sqrt(2)
+        if attend:
+            qkv = w.conv(f"{layer}.qkv", norm(f"{layer}.norm2", h), 3 * out, 1).flatten(2)
+            q, k, v = qkv[:, 0::3], qkv[:, 1::3], qkv[:, 2::3]
+            weights = torch.einsum("bci,bcj->bij", q, k).div(math.sqrt(out)).softmax(dim=2)
+            seen = torch.einsum("bij,bcj->bci", weights, v).unflatten(2, h.shape[2:])
+            h = (h + w.conv(f"{layer}.proj", seen, out, 1)) / math.sqrt(2)
+        return h
+
+    table = torch.tensor(taps, dtype=torch.float64).outer(torch.tensor(taps, dtype=torch.float64))[None, None]
+    table = table / table.sum()
+    at = [f"{size >> level}x{size >> level}" for level in range(len(multipliers))]
+    h = w.conv(f"enc.{at[0]}_conv", x, nf, padding=1)
+    passed, seen = [h], x
+    for level, multiplier in enumerate(multipliers):
+        if level > 0:
+            h = block(f"enc.{at[level]}_down", h, h.shape[1], resample=smaller)
+            if smooth:
+                name = f"enc.{at[level]}_aux_residual"
+                w[f"{name}.resample_filter"] = table
+                # Smoothed first and the convolution sparse: the order does not matter inside of enough zeros.
+                wide = filtered(F.pad(seen, (2, 2, 2, 2)), taps, 1, (0, 0))
+                h = seen = (h + w.conv(name, wide, h.shape[1], stride=2)) / math.sqrt(2)
+            passed.append(h)
+        for i in range(blocks):
+            h = block(f"enc.{at[level]}_block{i}", h, nf * multiplier, level in attention)
+            passed.append(h)
+    h = block(f"dec.{at[-1]}_in0", h, h.shape[1], True)
+    h = block(f"dec.{at[-1]}_in1", h, h.shape[1])
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        if level < len(multipliers) - 1:
+            h = block(f"dec.{at[level]}_up", h, h.shape[1], resample=larger)
+        for i in range(blocks + 1):
+            attend = level in attention and i == blocks
+            h = block(f"dec.{at[level]}_block{i}", torch.cat([h, passed.pop()], 1), nf * multiplier, attend)
+    assert not passed
+    h = F.silu(norm(f"dec.{at[0]}_aux_norm", h))
+    return w.conv(f"dec.{at[0]}_aux_conv", h, out, padding=1)
