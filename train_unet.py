@@ -45,7 +45,9 @@ NETWORKS = {
     "UNet2DConditionModel": "diffusers",
     "PFGMUNet2DModel": "tonefield.models",
     "PFGMTransformerUNet2DModel": "tonefield.models",
+    "SongUNet2DModel": "tonefield.models",
 }
+OF_NOISE_LEVELS = ("PFGMUNet2DModel", "PFGMTransformerUNet2DModel", "SongUNet2DModel")
 
 MAX_ATTENTION = 4096  # positions that attend to one another; the cost grows with their square
 
@@ -230,7 +232,7 @@ def make_unet(args, data, text_width: int | None = None):
                 raise UserError(
                     f"--model_config has {name} {config[name]}, the dataset wants {derived[name]} ({meaning})."
                 )
-        if class_name.startswith("PFGM") and args.objective not in POISSON:
+        if class_name in OF_NOISE_LEVELS and args.objective not in POISSON:
             raise UserError(
                 f"{class_name} sees noise levels, which --objective {args.objective} does not have:"
                 f" use {', '.join(POISSON)}, or a network of diffusers."

@@ -92,7 +92,9 @@ def read_network(file: str | os.PathLike, weights: str = "ema") -> tuple[dict, d
         if not is_record(networks.get("ema"), PERSISTENT):
             raise UserError(f"{path} holds no network of PFGM++ or EDM: there is no 'ema' in it.")
         if not is_record(networks.get(weights), PERSISTENT):
-            raise UserError(f"{path} holds no {weights!r}: only a training-state file has weights besides the average.")
+            raise UserError(
+                f"{path} holds no {weights!r}: only a training-state file has weights besides the average."
+            )
         outside = state_of(networks[weights])
         inside = mapping_of(outside.get("_modules")).get("model")
         names = class_of(networks[weights]), class_of(inside)
@@ -187,9 +189,7 @@ def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]
     return converted
 
 
-def convert_pfgmpp(
-    file: str | os.PathLike, weights: str = "ema", mel_preset: str | None = None
-) -> MelPFGMPipeline:
+def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema", mel_preset: str | None = None) -> MelPFGMPipeline:
     """
     A pipeline of a `training-state-*.pt` or a network `.pkl` of PFGM++ or EDM, of which nothing is executed.
 

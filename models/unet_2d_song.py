@@ -33,7 +33,10 @@ class SongUNet2DOutput(BaseOutput):
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Groups of at least 4 channels, at most 32 of them."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{channels} channels do not make {groups} groups: use multiples of 4, above 128 of 32.")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def begin(layer: nn.Conv2d | nn.Linear, gain: float = 1.0):
@@ -188,19 +191,14 @@ class SongUNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if form not in ("ddpmpp", "ncsnpp"):
             raise ValueError(f"`form` is {form!r}: it must be ddpmpp or ncsnpp.")
-        widths, levels = (model_channels, *block_out_channels), range(len(block_out_channels))
-        if any(width < 4 or width % min(32, width // 4) for width in widths) or model_channels % 4:
-            raise ValueError(
-                f"`model_channels` is {model_channels}, `block_out_channels` {list(block_out_channels)}: use multiples"
-                " of 4, above 128 of 32."
-            )
+        levels = range(len(block_out_channels))
         if not set(attention_levels) <= set(levels):
             raise ValueError(f"`attention_levels` is {list(attention_levels)}: levels are 0 to {len(levels) - 1}.")
         smooth = form == "ncsnpp"
         features, width = model_channels * (2 if smooth else 1), model_channels * 4
-        frequencies = 10000 ** -torch.linspace(0, 1, features // 2)
+        frequencies = 10000 ** -torch.linspace(0, 1, features // 2, dtype=torch.float32)
         if smooth:
-            frequencies = torch.randn(features // 2) * (2 * math.pi * FOURIER_SCALE)
+            frequencies = torch.randn(features // 2, dtype=torch.float32) * (2 * math.pi * FOURIER_SCALE)
         self.register_buffer("frequencies", frequencies, persistent=smooth)  # those of sinusoids are known
         self.class_embedding = begin(nn.Linear(num_class_embeds - 1, features)) if num_class_embeds else None
         self.augment_embedding = begin(nn.Linear(augment_dim, features, bias=False)) if augment_dim else None

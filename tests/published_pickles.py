@@ -24,7 +24,8 @@ class PublishedModule(torch.nn.Module):
 
     def __reduce__(self):
         meta = EasyDict(type="class", version=6, module_src=self.source, class_name=self.class_name)
-        meta["state"] = dict(self.__dict__, _init_args=(), _init_kwargs=EasyDict(self.__dict__.get("_init_kwargs", {})))
+        arguments = EasyDict(self.__dict__.get("_init_kwargs", {}))
+        meta["state"] = dict(self.__dict__, _init_args=(), _init_kwargs=arguments)
         meta["state"].pop("class_name", None)
         return _reconstruct_persistent_obj, (meta,)
 

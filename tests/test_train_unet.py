@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from training_runs import RECIPE, ROOT, make_dataset, reset_accelerate, train
 
 import tonefield
-from tonefield import PFGMTransformerUNet2DModel, PFGMUNet2DModel, train_unet
+from tonefield import PFGMTransformerUNet2DModel, PFGMUNet2DModel, SongUNet2DModel, train_unet
 from tonefield.command_line import UserError
 from tonefield.data.loading import read_record
 from tonefield.models import MelSpectrogram
@@ -205,6 +205,7 @@ RECIPES = {  # the samples that a recipe speaks of, its network, and for publish
     "64_deep": (64, PFGMUNet2DModel, 259_592_450),
     "fsdd-64-cpu": (64, UNet2DModel, None),
     "fsdd-64-gpu": (64, UNet2DModel, None),
+    "fsdd-song": (64, SongUNet2DModel, None),
     "mel-256-24gb": (256, UNet2DModel, None),
     "mel-256-8gpu": (256, UNet2DModel, None),
     "sd_128": (128, PFGMTransformerUNet2DModel, 42_843_778),
@@ -263,11 +264,19 @@ TRANSFORMER = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("network", [published(), TRANSFORMER], ids=lambda network: network["_class_name"])
+SONG = dict(
+    _class_name="SongUNet2DModel", form="ncsnpp", model_channels=8, block_out_channels=[8, 16], layers_per_block=1,
+    attention_levels=[1], dropout=0.13,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [published(), TRANSFORMER, SONG], ids=lambda network: network["_class_name"])
 def test_a_recipe_holds_its_network(mels, tmp_path, network):
     """From the recipe to the loaded pipeline: another class than diffusers', with classes, resumed half way."""
     recipe = tmp_path / "recipe.yaml"
-    lines = yaml.safe_load(RECIPE.read_text()) | {"model_config": network, "objective": "field", "max_train_steps": 2}
+    objective = "pfgmpp" if network is SONG else "field"
+    lines = yaml.safe_load(RECIPE.read_text()) | {"model_config": network, "objective": objective}
+    lines["max_train_steps"] = 2
     recipe.write_text(yaml.safe_dump(lines))
     folder = train(tmp_path / "out", mels, "--validation_steps=2", config=recipe)
     train(tmp_path / "more", mels, f"--resume_from_checkpoint={folder / 'checkpoint-2'}", "--max_train_steps=3",
@@ -282,9 +291,22 @@ def test_a_recipe_holds_its_network(mels, tmp_path, network):
     assert np.isfinite(sounds.audios).all() and sounds.audios.std() > 0
     np.testing.assert_allclose(sounds.mels[1], alone.mels[0], rtol=0, atol=1e-4 * np.abs(alone.mels).max())
     # What was saved is a recipe's network as well.
-    _, again, _ = built(mels, f"--model_config={tmp_path / 'more' / 'unet' / 'config.json'}", "--objective=field")
+    saved = tmp_path / "more" / "unet" / "config.json"
+    _, again, _ = built(mels, f"--model_config={saved}", f"--objective={objective}")
     assert type(again) is type(pipe.unet)
     again.load_state_dict(pipe.unet.state_dict())
+
+
+def test_the_network_of_pfgmpp_learns(mels, tmp_path):
+    network = SONG | dict(form="ddpmpp", model_channels=16, block_out_channels=[16, 16], dropout=0.0)
+    train(tmp_path, mels, f"--model_config={json.dumps(network)}", "--max_train_steps=60", "--learning_rate=0.003",
+          "--lr_scheduler=constant", "--train_batch_size=8", "--gradient_accumulation_steps=1",
+          "--num_validation_samples=0")  # fmt: skip
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) == 60
+    assert losses[0] == pytest.approx(1, abs=0.35)  # the network returns 0, and its target has unit variance
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
 
 def test_dropout_is_the_flags_or_the_networks(mels):
@@ -369,6 +391,8 @@ def test_bad_networks(mels, tmp_path):
     refused("PFGMTransformerUNet2DModel cannot be built: .*depth", TRANSFORMER | {"depth": 3})
     refused("PFGMUNet2DModel sees noise levels, which --objective vp does not have: use pfgmpp, stable_target, field",
             published(), "--objective=vp")  # fmt: skip
+    refused("SongUNet2DModel sees noise levels, which --objective epsilon", SONG, "--objective=epsilon")
+    refused("SongUNet2DModel cannot be built: .form. is 'adm'", SONG | {"form": "adm"})
     refused("^model_config names the network X", None, '--model_config={"_class_name": "X"}')
     refused("UNet2DModel cannot be built: .*depth", {"depth": 3, "block_out_channels": [8, 16]})
     refused("6 levels halve the input 5 times, which 16 x 16 does not allow.*multiples of 32",

@@ -246,6 +246,9 @@ def test_what_is_refused(tmp_path):
 
     refused("enc.8x8_down.skip.resample_filter is not the filter of ddpmpp",
             checkpoint(tmp_path, "filter.pkl", change=other_filter)[0])  # fmt: skip
+    ring = published_pickles.network({"enc.a.weight": torch.ones(1)}, INSIDE, {})
+    ring.model.again = ring.model._modules["enc"]
+    refused("the module again is a part of it twice", published_pickles.write(tmp_path / "ring.pkl", ring))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(INSIDE, "decoder_type", "skip")
         refused("neither DDPM.. nor NCSN.., but has .*decoder_type skip", checkpoint(tmp_path, "form.pkl")[0])
@@ -285,7 +288,7 @@ def test_published_networks(name):
     io, settings = load_file(folder / "io.safetensors"), json.loads((folder / "config.json").read_text())
     stored = load_file(folder / "state_dict.safetensors")
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pkl")]):
-        arguments, inside, tensors = read_network(file)
+        arguments, _, tensors = read_network(file)
         assert {f"model.{key}" for key in tensors} == set(stored)
         for key, tensor in tensors.items():
             assert torch.equal(tensor, stored[f"model.{key}"])
