@@ -6,12 +6,16 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .pfgm import convert_pfgm as convert_pfgm
+    from .pfgm_unet import convert_ncsnpp as convert_ncsnpp
     from .pfgm_unet import convert_pfgm_unet as convert_pfgm_unet
     from .pfgmpp import convert_pfgmpp as convert_pfgmpp
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "convert_ncsnpp": "pfgm_unet",
+        "convert_pfgm": "pfgm",
         "convert_pfgm_unet": "pfgm_unet",
         "convert_pfgmpp": "pfgmpp",
     },

@@ -4,9 +4,8 @@
     python -m tonefield.conversion.pfgmpp edm-ffhq-64x64-uncond-vp.pkl models/ffhq-edm --license cc-by-nc-sa-4.0
 
 IN is a `training-state-*.pt` or a network `.pkl`, or a folder or Hub repository with just one. These files are pickles
-that carry program text; none of it is run. The averaged weights are taken unless --weights net asks for the others. A
-network of one channel makes sound if --mel_preset names the front end whose mels it was trained on; otherwise the
-pipeline returns pictures. The published weights may be used for non-commercial purposes only.
+that carry program text; none of it is run. The averaged weights are taken unless --weights net asks for those in
+training. The pipeline returns pictures. The published weights may be used for non-commercial purposes only.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import torch
 from tonefield.command_line import UserError
 from tonefield.conversion.command import find_source, importer_parser, load_strictly, run_importer
 from tonefield.conversion.inert_pickle import Storages, is_record, mapping_of, read_inert, tensor_of
-from tonefield.models import MelSpectrogram, SongUNet2DModel
+from tonefield.models import SongUNet2DModel
 from tonefield.pipelines import MelPFGMPipeline
 from tonefield.schedulers import PoissonFlowScheduler
 
@@ -189,14 +188,13 @@ def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]
     return converted
 
 
-def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema", mel_preset: str | None = None) -> MelPFGMPipeline:
+def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema") -> MelPFGMPipeline:
     """
     A pipeline of a `training-state-*.pt` or a network `.pkl` of PFGM++ or EDM, of which nothing is executed.
 
     Args:
         file (`str` or `os.PathLike`): The checkpoint.
         weights (`"ema"` or `"net"`, *optional*, defaults to `"ema"`): The averaged weights, or those in training.
-        mel_preset (`str`, *optional*): The front end of a network that was trained on mels in [-1, 1].
     """
     arguments, inside, tensors = read_network(file, weights)
     unet = network_for(inside, file)
@@ -217,29 +215,12 @@ def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema", mel_preset: st
     if unet.config.num_class_embeds and not (DEFAULTS | inside)["label_dropout"]:
         about += " The network was always told a class: without `class_labels` it does not know what to do."
     card = {"description": about, "license": LICENSE, "num_inference_steps": 18}
-    mel = None if mel_preset is None else mel_for(mel_preset, unet)
-    return MelPFGMPipeline(unet.eval(), scheduler, mel, card=card)
-
-
-def mel_for(preset: str, unet: SongUNet2DModel) -> MelSpectrogram:
-    """The front end of a preset, if it makes what the network sees."""
-    try:
-        mel = MelSpectrogram.from_preset(preset)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    c = unet.config
-    if (c.in_channels, c.sample_size) != (1, mel.config.n_mels):
-        raise UserError(
-            f"--mel_preset {preset} makes 1 x {mel.config.n_mels} x {mel.config.num_frames} mels, but the network sees"
-            f" {c.in_channels} x {c.sample_size} x {c.sample_size}."
-        )
-    mel.register_to_config(num_frames=c.sample_size)
-    return mel
+    return MelPFGMPipeline(unet.eval(), scheduler, card=card)
 
 
 def convert(args: argparse.Namespace) -> MelPFGMPipeline:
     file = find_checkpoint(args.source)
-    return convert_pfgmpp(file, args.weights, args.mel_preset)
+    return convert_pfgmpp(file, args.weights)
 
 
 def find_checkpoint(name: str) -> Path:
@@ -260,7 +241,6 @@ def main(argv=None) -> None:
         "--weights", choices=("ema", "net"), default="ema", help="the averaged weights or those in training"
         " (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--mel_preset", metavar="NAME", help="the front end of a network that was trained on mels")
     parser.set_defaults(license=LICENSE)
     run_importer(convert, parser, argv)
 

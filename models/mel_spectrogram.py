@@ -47,25 +47,34 @@ PRESETS = {
 BIGVGAN_VALUE_RANGE = (math.log(1e-5), 2.1)
 
 
-def hz_to_mel(hz: torch.Tensor) -> torch.Tensor:
-    """Slaney's mel scale (Auditory Toolbox): 200/3 Hz a mel up to 1 kHz, then 27 mels for each factor of 6.4."""
+def hz_to_mel(hz: torch.Tensor, scale: str = "slaney") -> torch.Tensor:
+    """
+    Slaney's mel scale (Auditory Toolbox): 200/3 Hz a mel up to 1 kHz, then 27 mels for each factor of 6.4; or that of
+    HTK, 2595 log10(1 + f / 700).
+    """
+    if scale == "htk":
+        return 2595 * torch.log10(1 + hz / 700)
     return torch.where(hz < 1000, 3 * hz / 200, 15 + 27 / math.log(6.4) * torch.log(hz.clamp(min=1000) / 1000))
 
 
-def mel_to_hz(mel: torch.Tensor) -> torch.Tensor:
+def mel_to_hz(mel: torch.Tensor, scale: str = "slaney") -> torch.Tensor:
     """The inverse of [`hz_to_mel`]."""
+    if scale == "htk":
+        return 700 * (10 ** (mel / 2595) - 1)
     return torch.where(mel < 15, 200 * mel / 3, 1000 * torch.exp(math.log(6.4) / 27 * (mel - 15)))
 
 
-def mel_frequencies(n_mels: int, f_min: float, f_max: float) -> torch.Tensor:
+def mel_frequencies(n_mels: int, f_min: float, f_max: float, scale: str = "slaney") -> torch.Tensor:
     """The `n_mels + 2` corners in Hz of `n_mels` triangles: band k rises from corner k, peaks at k+1, ends at k+2."""
-    low, high = hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64)).tolist()
-    return mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))
+    low, high = hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64), scale).tolist()
+    return mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64), scale)
 
 
-def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> torch.Tensor:
+def mel_filterbank(
+    sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float, scale: str = "slaney"
+) -> torch.Tensor:
     """Triangles of unit area in Hz (Slaney's normalisation), as a float64 matrix of shape (n_mels, n_fft // 2 + 1)."""
-    corners = mel_frequencies(n_mels, f_min, f_max)
+    corners = mel_frequencies(n_mels, f_min, f_max, scale)
     bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
@@ -171,6 +180,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         top_db (`float`, *optional*, defaults to 80): For `"image"`: how far the floor lies below the reference.
         f_min (`float`, *optional*, defaults to 0), f_max (`float`, *optional*, half the sample rate when `None`):
             Edges of the bands in Hz.
+        mel_scale (`"slaney"` or `"htk"`, *optional*, defaults to `"slaney"`): On it the bands are equally wide.
         ref (`"fixed"` or `"slice"`, *optional*, defaults to `"fixed"`):
             For `"image"`, what 0 dB is. `"fixed"`: the loudest band of a full-scale sine, so that levels are kept.
             `"slice"`: the loudest bin of each waveform; `encode(..., return_reference=True)` tells where that lies.
@@ -194,6 +204,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         top_db: float = 80.0,
         f_min: float = 0.0,
         f_max: float | None = None,
+        mel_scale: str = "slaney",
         ref: str = "fixed",
         value_range: tuple[float, float] | None = None,
         mean: float = 0.0,
@@ -204,6 +215,8 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             raise ValueError(f"method is 'image' or 'bigvgan', not {method!r}.")
         if ref not in ("fixed", "slice") or (ref == "slice" and method != "image"):
             raise ValueError(f"ref is 'fixed', or 'slice' with method='image', not {ref!r} with method={method!r}.")
+        if mel_scale not in ("slaney", "htk"):
+            raise ValueError(f"mel_scale is 'slaney' or 'htk', not {mel_scale!r}.")
         for name, value in dict(
             sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, num_frames=num_frames,
             top_db=top_db, std=std,
@@ -220,11 +233,11 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             raise ValueError(f"value_range must rise, not go from {low} to {high}.")
         self.value_range = (low, high)
 
-        filterbank = mel_filterbank(sample_rate, n_fft, n_mels, f_min, f_max)
+        filterbank = mel_filterbank(sample_rate, n_fft, n_mels, f_min, f_max, mel_scale)
         empty = (filterbank == 0).all(1).nonzero().flatten().tolist()
         if empty:
             enough = n_fft
-            while (mel_filterbank(sample_rate, enough, n_mels, f_min, f_max) == 0).all(1).any():
+            while (mel_filterbank(sample_rate, enough, n_mels, f_min, f_max, mel_scale) == 0).all(1).any():
                 enough *= 2
             raise ValueError(
                 f"{len(empty)} of {n_mels} mel bands lie between two bins of a transform of n_fft={n_fft} at"
@@ -247,7 +260,8 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         super()._apply(fn, recurse)
         if self.filterbank.dtype != torch.float32:  # moved to half precision with its pipeline: keep the exact bands
             c = self.config
-            exact = mel_filterbank(c.sample_rate, c.n_fft, c.n_mels, c.f_min, c.f_max or c.sample_rate / 2)
+            f_max = c.f_max or c.sample_rate / 2
+            exact = mel_filterbank(c.sample_rate, c.n_fft, c.n_mels, c.f_min, f_max, c.mel_scale)
             self.filterbank = exact.to(self.filterbank.device, torch.float32)
         return self
 
@@ -268,6 +282,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             c.ref,
         ]
         meaning = [float(x) if isinstance(x, int) else x for x in [*meaning, *self.value_range]]
+        meaning += [c.mel_scale] * (c.mel_scale != "slaney")
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     # ----- lengths

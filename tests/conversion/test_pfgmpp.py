@@ -161,14 +161,6 @@ def test_edm_is_the_limit(tmp_path):
     assert "was always told a class" not in pipe.config.card["description"]
 
 
-def test_a_front_end_for_another_network(tmp_path):
-    file, _ = checkpoint(tmp_path)
-    with pytest.raises(UserError, match="--mel_preset fsdd-64 makes 1 x 64 x 64 mels, but the network sees 1 x 16"):
-        convert_pfgmpp(file, mel_preset="fsdd-64")
-    with pytest.raises(UserError, match="no mel preset 'x'"):
-        convert_pfgmpp(file, mel_preset="x")
-
-
 def command(*arguments):
     """The command as a user gives it."""
     return subprocess.run(

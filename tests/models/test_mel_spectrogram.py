@@ -52,6 +52,18 @@ def test_filterbank_is_librosas(sample_rate, n_fft, n_mels, f_min, f_max):
     np.testing.assert_allclose(ours, theirs, atol=1e-14)
 
 
+def test_bands_on_the_scale_of_htk():
+    options = dict(n_fft=1024, n_mels=64, f_min=20, f_max=8000)
+    htk = MelSpectrogram(16000, **options, mel_scale="htk")
+    theirs = librosa.filters.mel(sr=16000, n_fft=1024, n_mels=64, fmin=20, fmax=8000, htk=True)
+    np.testing.assert_allclose(htk.filterbank.numpy(), theirs, atol=1e-8)
+    assert not torch.equal(htk.half().filterbank, MelSpectrogram(16000, **options).filterbank)
+    np.testing.assert_allclose(htk.half().filterbank.numpy(), theirs, atol=1e-8)
+    assert htk.fingerprint() != MelSpectrogram(16000, **options).fingerprint()
+    with pytest.raises(ValueError, match="mel_scale is 'slaney' or 'htk', not 'bark'"):
+        MelSpectrogram(16000, **options, mel_scale="bark")
+
+
 @pytest.mark.parametrize("name", ["fsdd-64", "sc09-64", "sc09-128", "image-22k"])
 def test_image_method_is_librosas_decibels(name):
     mel = MelSpectrogram.from_preset(name)
