@@ -75,7 +75,9 @@ def read_checkpoint(file: Path) -> Any:
         raise UserError(
             f"{file} is no checkpoint of plain tensors, and nothing else is read: {first_line(error)}"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, BadZipFile, ValueError) as error:
+    # Of a file that is no pickle at all, torch may stumble over anything.
+    except (SafetensorError, RuntimeError, EOFError, BadZipFile, ValueError, LookupError, TypeError,
+            AttributeError) as error:  # fmt: skip
         raise UserError(f"{file} is damaged or no checkpoint: {first_line(error)}. Fetch it again.") from None
 
 
@@ -114,12 +116,14 @@ def write(converted: Any, args: argparse.Namespace) -> None:
     if target.exists() and (target.is_file() or any(target.iterdir())):
         if not (card.is_file() and CARD_MARK in card.read_text(encoding="utf-8")):
             raise UserError(f"{target} holds something that no import has written: name another folder.")
-    facts = {"imported from": source_name(args.source), "license": args.license}
+    known = dict(converted.config.get("card") or {})  # what an importer knows; its licence is that of all it imports
+    args.license = args.license or known.get("license")
+    facts = {**known, "imported from": source_name(args.source), "license": args.license}
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")  # so that OUT is never half of something
     shutil.rmtree(unfinished, ignore_errors=True)
     if isinstance(converted, DiffusionPipeline):
-        converted.register_to_config(card=(converted.config.get("card") or {}) | facts)
+        converted.register_to_config(card=facts)
         converted.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(converted.model_card(target.resolve().name), encoding="utf-8")
     else:

@@ -12,23 +12,25 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 # The classes of torch that stand for the type of a tensor's numbers.
 DTYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    "torch.FloatStorage": "float32",
+    "torch.DoubleStorage": "float64",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
 }
 MAGIC = 0x1950A86A20F9469CFC6C  # what a file of torch begins with that is no archive
 
@@ -138,7 +140,7 @@ def no_storage(key: str) -> memoryview:
     raise ValueError(f"it has no storage {key!r}")
 
 
-def embedded_storage(*arguments: Any) -> tuple[torch.dtype, memoryview]:
+def embedded_storage(*arguments: Any) -> tuple["torch.dtype", memoryview]:
     """The storage in the bytes that a tensor's storage is pickled as outside of `torch.save`."""
     data = arguments[0] if arguments else None
     if not isinstance(data, bytes):
@@ -151,13 +153,15 @@ def embedded_storage(*arguments: Any) -> tuple[torch.dtype, memoryview]:
     return dtype, memoryview(data)[file.tell() + 8 :]  # after the number of its elements
 
 
-def read_reference(reference: Any) -> tuple[torch.dtype, str]:
+def read_reference(reference: Any) -> tuple["torch.dtype", str]:
     """The type and the key of a storage."""
+    import torch
+
     content = reference.arguments[0] if isinstance(reference, _Stored) else None
     if isinstance(content, tuple) and len(content) >= 3 and content[0] == "storage" and isinstance(content[1], type):
         dtype = DTYPES.get(getattr(content[1], "name", ""))
         if dtype is not None and isinstance(content[2], str):
-            return dtype, content[2]
+            return getattr(torch, dtype), content[2]
     raise ValueError("a tensor in it has a storage of an unknown kind")
 
 
@@ -165,8 +169,10 @@ def is_record(value: Any, *names: str) -> bool:
     return isinstance(value, Record) and value.name in names
 
 
-def tensor_of(value: Any, storages: Storages) -> torch.Tensor:
+def tensor_of(value: Any, storages: Storages) -> "torch.Tensor":
     """The tensor (or parameter) that a record stands for, with memory of its own."""
+    import torch
+
     while is_record(value, "torch._utils._rebuild_parameter") and value.arguments:
         value = value.arguments[0]
     if not is_record(value, "torch._utils._rebuild_tensor_v2") or len(value.arguments) < 4:

@@ -14,16 +14,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tonefield.command_line import UserError, first_line
 from tonefield.conversion.command import find_source, importer_parser, load_strictly, read_checkpoint, run_importer
-from tonefield.conversion.pfgm_unet import convert_ncsnpp, convert_pfgm_unet
-from tonefield.models import MelSpectrogram, PFGMTransformerUNet2DModel, PFGMUNet2DModel, SongUNet2DModel
-from tonefield.pipelines import MelPFGMPipeline
-from tonefield.schedulers import PoissonFlowScheduler
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from tonefield.pipelines import MelPFGMPipeline
 
 
 # What the published configurations say: the network, then the noise levels and the data.
@@ -102,8 +102,10 @@ def read_configuration(name: str) -> dict[str, Any]:
         ) from None
 
 
-def network_for(settings: Mapping[str, Any]) -> torch.nn.Module:
+def network_for(settings: Mapping[str, Any]) -> "torch.nn.Module":
     """An empty network of the settings."""
+    from tonefield.models import PFGMTransformerUNet2DModel, PFGMUNet2DModel, SongUNet2DModel
+
     widths = [settings["width"] * multiplier for multiplier in settings["multipliers"]]
     common: dict[str, Any] = dict(
         sample_size=settings["size"], in_channels=settings["channels"], out_channels=settings["channels"] + 1,
@@ -133,8 +135,10 @@ def network_for(settings: Mapping[str, Any]) -> torch.nn.Module:
     )
 
 
-def read_weights(file: str | os.PathLike, weights: str = "ema") -> dict[str, torch.Tensor]:
+def read_weights(file: str | os.PathLike, weights: str = "ema") -> dict[str, "torch.Tensor"]:
     """The tensors of a checkpoint by name: the averaged ones, which it holds as a list, or those in training."""
+    import torch
+
     content = read_checkpoint(Path(file))
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
@@ -153,21 +157,27 @@ def read_weights(file: str | os.PathLike, weights: str = "ema") -> dict[str, tor
     return model | dict(zip(trained, average, strict=True))
 
 
-def is_frequencies(name: str, tensor: torch.Tensor) -> bool:
+def is_frequencies(name: str, tensor: "torch.Tensor") -> bool:
     return name.endswith("all_modules.0.W") and tensor.ndim == 1
 
 
-def converted_for(unet: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    convert = convert_ncsnpp if isinstance(unet, SongUNet2DModel) else convert_pfgm_unet
-    return convert(unet, weights)
+def converted_for(unet: "torch.nn.Module", weights: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    from tonefield.conversion.pfgm_unet import convert_ncsnpp, convert_pfgm_unet
+    from tonefield.models import SongUNet2DModel
+
+    if isinstance(unet, SongUNet2DModel):
+        return convert_ncsnpp(unet, weights)
+    return convert_pfgm_unet(unet, weights)
 
 
-def guess_configuration(weights: Mapping[str, torch.Tensor], file: str | os.PathLike) -> str:
+def guess_configuration(weights: Mapping[str, "torch.Tensor"], file: str | os.PathLike) -> str:
     """The name of the one published configuration whose network has tensors of just these shapes."""
+    import torch
+
     # Networks take seconds to build, so those of another kind are left out first.
     transformer = any("input_blocks." in name for name in weights)
-    first = ("frequencies" if is_frequencies(name, tensor) else "other" for name, tensor in weights.items())
-    kind = "transformer" if transformer else "ncsnpp" if "frequencies" in first else "ddpmpp"
+    random_features = any(is_frequencies(name, tensor) for name, tensor in weights.items())
+    kind = "transformer" if transformer else "ncsnpp" if random_features else "ddpmpp"
     inputs = {tensor.shape[1] for tensor in weights.values() if tensor.ndim == 4}
     fitting = []
     for name, settings in PRESETS.items():
@@ -189,7 +199,7 @@ def guess_configuration(weights: Mapping[str, torch.Tensor], file: str | os.Path
     return fitting[0]
 
 
-def convert_pfgm(file: str | os.PathLike, config_name: str | None = None, weights: str = "ema") -> MelPFGMPipeline:
+def convert_pfgm(file: str | os.PathLike, config_name: str | None = None, weights: str = "ema") -> "MelPFGMPipeline":
     """
     A pipeline of a checkpoint of PFGM, for pictures or for mel spectrograms.
 
@@ -201,6 +211,10 @@ def convert_pfgm(file: str | os.PathLike, config_name: str | None = None, weight
         weights (`"ema"` or `"model"`, *optional*, defaults to `"ema"`): The averaged weights, or those in training.
     """
     from scipy.special import betainc
+
+    from tonefield.models import MelSpectrogram
+    from tonefield.pipelines import MelPFGMPipeline
+    from tonefield.schedulers import PoissonFlowScheduler
 
     tensors = read_weights(file, weights)
     name = guess_configuration(tensors, file) if config_name is None else config_name
@@ -247,13 +261,10 @@ def find_checkpoint(name: str) -> Path:
     return found[0]
 
 
-def convert(args: argparse.Namespace) -> MelPFGMPipeline:
+def convert(args: argparse.Namespace) -> "MelPFGMPipeline":
     pipeline = convert_pfgm(find_checkpoint(args.source), args.config_name, args.weights)
-    card = dict(pipeline.config.card)
     if args.config_name is None:
-        print(f"the tensors are those of {card['network']}")
-    if args.license is None:
-        args.license = card["license"]
+        print(f"the tensors are those of {pipeline.config.card['network']}")
     return pipeline
 
 

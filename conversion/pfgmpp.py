@@ -12,17 +12,19 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
-
-import torch
 
 from tonefield.command_line import UserError
 from tonefield.conversion.command import find_source, importer_parser, load_strictly, run_importer
 from tonefield.conversion.inert_pickle import Storages, is_record, mapping_of, read_inert, tensor_of
-from tonefield.models import SongUNet2DModel
-from tonefield.pipelines import MelPFGMPipeline
-from tonefield.schedulers import PoissonFlowScheduler
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from tonefield.models import SongUNet2DModel
+    from tonefield.pipelines import MelPFGMPipeline
 
 
 LICENSE = "cc-by-nc-sa-4.0"  # of the published weights of both
@@ -66,7 +68,9 @@ def class_of(value: Any) -> str:
     return getattr(value, "name", type(value).__name__)
 
 
-def weights_of(module: Any, storages: Storages, prefix: str = "", seen: set | None = None) -> dict[str, torch.Tensor]:
+def weights_of(
+    module: Any, storages: Storages, prefix: str = "", seen: set | None = None
+) -> dict[str, "torch.Tensor"]:
     """The tensors of a module in a pickle, by the names that it gives them."""
     seen = set() if seen is None else seen
     if id(module) in seen:
@@ -82,7 +86,7 @@ def weights_of(module: Any, storages: Storages, prefix: str = "", seen: set | No
     return weights
 
 
-def read_network(file: str | os.PathLike, weights: str = "ema") -> tuple[dict, dict, dict[str, torch.Tensor]]:
+def read_network(file: str | os.PathLike, weights: str = "ema") -> tuple[dict, dict, dict[str, "torch.Tensor"]]:
     """The arguments of the preconditioning, those of the network inside, and its tensors, of which nothing was run."""
     path = Path(file)
     try:
@@ -111,8 +115,10 @@ def read_network(file: str | os.PathLike, weights: str = "ema") -> tuple[dict, d
         raise UserError(f"{path} is damaged or no checkpoint of PFGM++ or EDM: {error}.") from None
 
 
-def network_for(arguments: Mapping, path: str | os.PathLike) -> SongUNet2DModel:
+def network_for(arguments: Mapping, path: str | os.PathLike) -> "SongUNet2DModel":
     """An empty network for the arguments of a published one."""
+    from tonefield.models import SongUNet2DModel
+
     try:
         given = DEFAULTS | dict(arguments)
         form = [form for form, settings in FORMS.items() if all(given[name] == settings[name] for name in settings)]
@@ -137,7 +143,7 @@ def network_for(arguments: Mapping, path: str | os.PathLike) -> SongUNet2DModel:
         raise UserError(f"{path} holds a SongUNet of impossible arguments: {type(error).__name__} {error}.") from None
 
 
-def module_names(unet: SongUNet2DModel) -> dict[str, str]:
+def module_names(unet: "SongUNet2DModel") -> dict[str, str]:
     """Where the modules of a published network are in ours. It names most of them after their place and size."""
     c = unet.config
     names = {
@@ -161,7 +167,7 @@ def module_names(unet: SongUNet2DModel) -> dict[str, str]:
     return names | {f"dec.{sizes[0]}_aux_conv": "conv_out"}
 
 
-def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_song_unet(unet: "SongUNet2DModel", weights: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """
     The state of a `SongUNet2DModel` from that of a published network.
 
@@ -169,6 +175,8 @@ def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]
         unet (`SongUNet2DModel`): A network of the same layout; only its structure matters.
         weights (`Mapping[str, torch.Tensor]`): The published tensors by name, such as `enc.32x32_conv.weight`.
     """
+    import torch
+
     names, converted = module_names(unet), {}
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if unet.config.form == "ncsnpp" else [1.0, 1.0])
     low_pass = torch.outer(taps, taps) / taps.sum() ** 2
@@ -188,7 +196,7 @@ def convert_song_unet(unet: SongUNet2DModel, weights: Mapping[str, torch.Tensor]
     return converted
 
 
-def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema") -> MelPFGMPipeline:
+def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema") -> "MelPFGMPipeline":
     """
     A pipeline of a `training-state-*.pt` or a network `.pkl` of PFGM++ or EDM, of which nothing is executed.
 
@@ -196,6 +204,9 @@ def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema") -> MelPFGMPipe
         file (`str` or `os.PathLike`): The checkpoint.
         weights (`"ema"` or `"net"`, *optional*, defaults to `"ema"`): The averaged weights, or those in training.
     """
+    from tonefield.pipelines import MelPFGMPipeline
+    from tonefield.schedulers import PoissonFlowScheduler
+
     arguments, inside, tensors = read_network(file, weights)
     unet = network_for(inside, file)
     try:
@@ -218,7 +229,7 @@ def convert_pfgmpp(file: str | os.PathLike, weights: str = "ema") -> MelPFGMPipe
     return MelPFGMPipeline(unet.eval(), scheduler, card=card)
 
 
-def convert(args: argparse.Namespace) -> MelPFGMPipeline:
+def convert(args: argparse.Namespace) -> "MelPFGMPipeline":
     file = find_checkpoint(args.source)
     return convert_pfgmpp(file, args.weights)
 
@@ -241,7 +252,6 @@ def main(argv=None) -> None:
         "--weights", choices=("ema", "net"), default="ema", help="the averaged weights or those in training"
         " (default: %(default)s)",
     )  # fmt: skip
-    parser.set_defaults(license=LICENSE)
     run_importer(convert, parser, argv)
 
 

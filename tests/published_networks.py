@@ -275,3 +275,71 @@ def song_unet(w, x, noise, form, nf, multipliers, blocks, attention, out, classe
     assert not passed
     h = F.silu(norm(f"dec.{at[0]}_aux_norm", h))
     return w.conv(f"dec.{at[0]}_aux_conv", h, out, padding=1)
+
+
+def ncsnpp(w, x, z, nf, multipliers, blocks, attention):
+    """NCSN++ as PFGM has it for CIFAR-10: told ln(z), with a smooth filter and the input added at each level."""
+    numbers, channels = itertools.count(), x.shape[1]
+    taps = [1, 3, 3, 1]
+
+    def name():
+        return f"all_modules.{next(numbers)}"
+
+    def norm(layer, h):
+        return w.norm(layer, h, min(h.shape[1] // 4, 32), 1e-6)
+
+    def smaller(h):
+        return filtered(h, taps, 1, (1, 1))[..., ::2, ::2]
+
+    def larger(h):
+        return filtered(h, taps, 2, (2, 1))
+
+    angles = z.log()[:, None] * (2 * math.pi * w(f"{name()}.W", nf))
+    embedding = w.linear(name(), torch.cat([angles.sin(), angles.cos()], dim=1), 4 * nf)
+    embedding = F.silu(w.linear(name(), F.silu(embedding), 4 * nf))
+
+    def block(h, out, resample=None):
+        layer, skip = name(), h
+        h = F.silu(norm(f"{layer}.GroupNorm_0", h))
+        if resample is not None:
+            h, skip = resample(h), resample(skip)
+        told = w.linear(f"{layer}.Dense_0", embedding, out)[..., None, None]
+        h = w.conv(f"{layer}.Conv_0", h, out, padding=1) + told
+        h = w.conv(f"{layer}.Conv_1", F.silu(norm(f"{layer}.GroupNorm_1", h)), out, padding=1)
+        if skip.shape[1] != out or resample is not None:
+            skip = w.conv(f"{layer}.Conv_2", skip, out, 1)
+        return (skip + h) / math.sqrt(2)
+
+    def attend(h):
+        layer, size = name(), h.shape[1]
+        inner = norm(f"{layer}.GroupNorm_0", h)
+        q, k, v = (w.nin(f"{layer}.NIN_{i}", inner, size).flatten(2) for i in range(3))
+        weights = torch.einsum("bci,bcj->bij", q, k).div(math.sqrt(size)).softmax(dim=2)
+        inner = torch.einsum("bij,bcj->bci", weights, v).unflatten(2, h.shape[2:])
+        return (h + w.nin(f"{layer}.NIN_3", inner, size)) / math.sqrt(2)
+
+    h, seen = w.conv(name(), x, nf, padding=1), x
+    passed = [h]
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(blocks):
+            h = block(h, nf * multiplier)
+            if level in attention:
+                h = attend(h)
+            passed.append(h)
+        if level < len(multipliers) - 1:
+            h = block(h, h.shape[1], smaller)
+            wide = filtered(F.pad(seen, (2, 2, 2, 2)), taps, 1, (0, 0))
+            h = seen = (w.conv(f"{name()}.Conv2d_0", wide, h.shape[1], stride=2) + h) / math.sqrt(2)
+            passed.append(h)
+    h = block(attend(block(h, h.shape[1])), h.shape[1])
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        for _ in range(blocks + 1):
+            h = block(torch.cat([h, passed.pop()], 1), nf * multiplier)
+        if level in attention:
+            h = attend(h)
+        if level > 0:
+            h = block(h, h.shape[1], larger)
+    assert not passed
+    h = F.silu(norm(name(), h))
+    h = w.conv(name(), h, channels + 1, padding=1)
+    return h[:, :channels], h[:, channels].mean((1, 2))
