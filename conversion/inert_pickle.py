@@ -130,6 +130,9 @@ def read_inert(path: Path) -> tuple[Any, Storages]:
 
         return load(io.BytesIO(archive.read(entries["data.pkl"]))), storage
     with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            raise ValueError("it is an archive that is cut short")
+        file.seek(0)
         content = load(file)
         if content == MAGIC:
             raise ValueError("it was written by a version of torch before 1.6")

@@ -206,7 +206,8 @@ def test_what_is_refused(tmp_path):
     refused("is a folder", tmp_path)
     for name, content in {"half.pt": data[: len(data) // 2], "text.pkl": b"hello", "empty.pkl": b""}.items():
         (tmp_path / name).write_bytes(content)
-        refused("is damaged or no checkpoint of PFGM", tmp_path / name)
+        cut_short = "cut short" if name == "half.pt" else ""
+        refused(f"is damaged or no checkpoint of PFGM.*{cut_short}", tmp_path / name)
     middle = data.find(b"FloatStorage")
     (tmp_path / "flipped.pt").write_bytes(data[:middle] + b"X" + data[middle + 1 :])
     refused("damaged", tmp_path / "flipped.pt")
