@@ -6,6 +6,7 @@ An importer's --help answers at once, so that whatever is heavy is imported wher
 
 import argparse
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -88,7 +89,9 @@ def read_checkpoint(file: Path) -> Any:
                 f"{file} wants to use {forbidden[1]}, which is neither a tensor nor a plain container: it was not run,"
                 " and the file is not read."
             ) from None
-        raise UserError(f"{file} is damaged or no checkpoint: {first_line(error)} Fetch it again.") from None
+        # What torch says of a strange pickle is long, and proposes to run it.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {first_line(error).split('. ')[0]}"
+        raise UserError(f"{file} is damaged or no checkpoint{reason}. Fetch it again.") from None
 
 
 def load_strictly(

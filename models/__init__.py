@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
     from .unet_2d_pfgm_transformer import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
+    from .wavtokenizer import WavTokenizer as WavTokenizer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "PatchDiscriminator": "discriminator_patch",
         "SEDDTransformer1DModel": "transformer_sedd",
         "TransformersCodec": "codec_transformers",
+        "WavTokenizer": "wavtokenizer",
         "load_audio_tokenizer": "loading",
     },
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models import PFGMUNet2DModel as PFGMUNet2DModel
     from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .models import TransformersCodec as TransformersCodec
+    from .models import WavTokenizer as WavTokenizer
     from .pipelines import LatentAudioDiffusionPipeline as LatentAudioDiffusionPipeline
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
@@ -46,6 +47,7 @@ __getattr__, __dir__, __all__ = attach(
         "ScoreEntropyScheduler": "schedulers",
         "ScoreSDEScheduler": "schedulers",
         "TransformersCodec": "models",
+        "WavTokenizer": "models",
         "load": "pipelines",
     },
 )
