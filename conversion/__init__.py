@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .pfgm_unet import convert_ncsnpp as convert_ncsnpp
     from .pfgm_unet import convert_pfgm_unet as convert_pfgm_unet
     from .pfgmpp import convert_pfgmpp as convert_pfgmpp
+    from .sedd import convert_sedd as convert_sedd
+    from .wavtokenizer import convert_wavtokenizer as convert_wavtokenizer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -18,5 +20,7 @@ __getattr__, __dir__, __all__ = attach(
         "convert_pfgm": "pfgm",
         "convert_pfgm_unet": "pfgm_unet",
         "convert_pfgmpp": "pfgmpp",
+        "convert_sedd": "sedd",
+        "convert_wavtokenizer": "wavtokenizer",
     },
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
     from .unet_2d_pfgm_transformer import PFGMTransformerUNet2DModel as PFGMTransformerUNet2DModel
     from .unet_2d_song import SongUNet2DModel as SongUNet2DModel
+    from .wavtokenizer import WavTokenizer as WavTokenizer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -29,6 +30,7 @@ __getattr__, __dir__, __all__ = attach(
         "SEDDTransformer1DModel": "transformer_sedd",
         "SongUNet2DModel": "unet_2d_song",
         "TransformersCodec": "codec_transformers",
+        "WavTokenizer": "wavtokenizer",
         "load_audio_tokenizer": "loading",
     },
 )

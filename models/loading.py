@@ -5,16 +5,23 @@ import os
 from tonefield.models.audio_tokenizer_mulaw import MuLawTokenizer
 from tonefield.models.codec_fsq import FSQCodec
 from tonefield.models.codec_transformers import TransformersCodec
+from tonefield.models.wavtokenizer import WavTokenizer
 
 
-def load_audio_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> MuLawTokenizer | FSQCodec | TransformersCodec:
+TOKENIZERS = (MuLawTokenizer, FSQCodec, TransformersCodec, WavTokenizer)
+
+
+def load_audio_tokenizer(
+    name_or_path: str | os.PathLike, **kwargs
+) -> MuLawTokenizer | FSQCodec | TransformersCodec | WavTokenizer:
     """
     Load an audio tokenizer by name, from a folder, or from the Hub.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
-            `"mulaw"`; or a folder or Hub id that holds a tokenizer of tonefield (what `train_codec.py` and
-            `save_pretrained` write), or a codec of transformers: EnCodec, DAC, Mimi.
+            `"mulaw"`; or a folder or Hub id that holds a tokenizer of tonefield (what `train_codec.py`,
+            `python -m tonefield.conversion.wavtokenizer` and `save_pretrained` write), or a codec of transformers:
+            EnCodec, DAC, Mimi.
         kwargs: What the tokenizer's `from_pretrained` takes; for `"mulaw"` its arguments.
 
     Example:
@@ -34,12 +41,12 @@ def load_audio_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> MuLawToke
         raise OSError(
             f"{name} is neither 'mulaw', nor a folder or Hub id of an audio tokenizer that can be read: {reason}"
         ) from error
-    for cls in (MuLawTokenizer, FSQCodec, TransformersCodec):
+    for cls in TOKENIZERS:
         if config.get("_class_name") == cls.__name__:
             return cls.from_pretrained(name, **kwargs)
     if "_class_name" not in config and "model_type" in config:
         return TransformersCodec.from_transformers(name, **kwargs)
     raise ValueError(
         f"{name} holds a {config.get('_class_name', 'model of an unknown kind')}, which is no audio tokenizer: those"
-        " are MuLawTokenizer, FSQCodec and TransformersCodec, and EnCodec, DAC and Mimi of transformers."
+        f" are {', '.join(cls.__name__ for cls in TOKENIZERS)}, and EnCodec, DAC and Mimi of transformers."
     )

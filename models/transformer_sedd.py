@@ -140,6 +140,9 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
             then the next): `(batch, codebooks * frames)`, where codebook k has the k-th share of the `vocab_size`
             symbols, and only these at its positions.
         max_length (`int`, *optional*): The most frames that the network has seen in training.
+        scaled_by_sigma (`bool`):
+            False for a network of the absorbing graph whose head gives ln s itself. To that ln((e^sigma - 1) N) is
+            added, so that the output f stands for the score s = e^f / ((e^sigma - 1) N), as it does otherwise.
     """
 
     _supports_gradient_checkpointing = True
@@ -162,12 +165,15 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
         num_codebooks: int = 1,
         layout: str = "parallel",
         max_length: int | None = None,
+        scaled_by_sigma: bool = True,
     ):
         super().__init__()
         if graph_type not in ("absorb", "uniform"):
             raise ValueError(f"graph_type is 'absorb' or 'uniform', not {graph_type!r}.")
         if layout not in ("parallel", "flatten", "codebook_major"):
             raise ValueError(f"layout is 'parallel', 'flatten' or 'codebook_major', not {layout!r}.")
+        if not scaled_by_sigma and (graph_type != "absorb" or not time_conditioning):
+            raise ValueError("scaled_by_sigma=False is for the absorbing graph and time_conditioning=True.")
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 2 * num_heads = {2 * num_heads}.")
         self.in_sequence = layout != "parallel" and num_codebooks > 1
@@ -291,6 +297,9 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
             else:
                 x = block(x, *arguments)
         logits = self._logits(x, condition, positions, codebook)
+        if not c.scaled_by_sigma:
+            scale = torch.log(torch.expm1(timestep.float())) + math.log(c.vocab_size)
+            logits = logits + scale.reshape(-1, 1, 1)
         if tokens.ndim == 3 and positions is None:
             logits = logits.reshape(*tokens.shape, c.vocab_size)
         return SEDDTransformer1DOutput(logits) if return_dict else (logits,)

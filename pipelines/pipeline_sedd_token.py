@@ -57,7 +57,7 @@ class SEDDTokenPipelineOutput(BaseOutput):
 
     Args:
         audios (`np.ndarray` or `torch.Tensor` of shape `(batch_size, samples)`, *optional*):
-            Sounds in [-1, 1]; `None` for the output type `"tokens"`.
+            Sounds in [-1, 1]; `None` for the output type `"tokens"`, and without an audio tokenizer.
         tokens (`np.ndarray` or `torch.Tensor` of shape `(batch_size, num_codebooks, frames)`):
             The codes of the audio tokenizer.
         sampling_rate (`int`): Samples per second of `audios`.
@@ -77,6 +77,19 @@ class _Canvas:
     num_samples: int
     waveform: torch.Tensor | None = None  # (rows, num_samples)
     new_samples: torch.Tensor | None = None
+
+
+@dataclass
+class _NoCodec:
+    """Stands for the audio tokenizer where there is none: a frame is a sample, and a second long."""
+
+    num_codebooks: int
+    codebook_size: int
+    sampling_rate: int = 1
+    hop_length: int = 1
+
+    def num_frames(self, samples: int) -> int:
+        return samples
 
 
 def window_starts(frames: int, window: int, overlap: int) -> list[int]:
@@ -114,8 +127,9 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     Args:
         transformer ([`SEDDTransformer1DModel`]): Says what each token is likely to be, given the others.
         scheduler ([`ScoreEntropyScheduler`]): Noise law, predictor, temperature.
-        audio_tokenizer ([`FSQCodec`], [`TransformersCodec`], [`MuLawTokenizer`], ...):
-            The codec that the training data was encoded with.
+        audio_tokenizer ([`FSQCodec`], [`TransformersCodec`], [`MuLawTokenizer`], ..., *optional*):
+            The codec that the training data was encoded with. Without it the pipeline makes tokens alone, of anything:
+            what is counted in seconds is counted in tokens then, and `.tokens` of the output is for you to decode.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Splits prompts.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*): Encodes prompts, such as a `T5EncoderModel`.
         card (`dict`, *optional*):
@@ -126,14 +140,14 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer"
     _exclude_from_cpu_offload = ["audio_tokenizer"]  # noqa: RUF012
-    _optional_components = ["tokenizer", "text_encoder"]  # noqa: RUF012
+    _optional_components = ["audio_tokenizer", "tokenizer", "text_encoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
 
     def __init__(
         self,
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
-        audio_tokenizer: ModelMixin,
+        audio_tokenizer: ModelMixin | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: PreTrainedModel | None = None,
         card: dict | None = None,
@@ -154,7 +168,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self._num_timesteps = 0
 
     def _check_components(self) -> None:
-        network, law, codec = self.transformer.config, self.scheduler.config, self.audio_tokenizer
+        network, law, codec = self.transformer.config, self.scheduler.config, self._codec
         books, size = network.num_codebooks, network.vocab_size
         if self.in_sequence:
             size //= books
@@ -175,6 +189,13 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                 f"The text encoder's states are {self.text_encoder.config.hidden_size} wide, but the transformer was"
                 f" made for {network.text_dim} (text_dim)."
             )
+
+    @property
+    def _codec(self):
+        """The audio tokenizer, or what is known without one."""
+        c = self.transformer.config
+        size = c.vocab_size // c.num_codebooks if self.in_sequence else c.vocab_size
+        return self.audio_tokenizer or _NoCodec(c.num_codebooks, size)
 
     @property
     def guidance_scale(self) -> float:
@@ -203,6 +224,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
     def card_example(self) -> str:
         label = "".join(f"class_labels={name!r}" for name in list(self.config.label2id or {})[:1])
         call = 'pipe(prompt="a piano")' if self.text_encoder is not None else f"pipe({label})"
+        if self.audio_tokenizer is None:
+            return f"import {{library}}\n\n\npipe = {{load}}\ntokens = {call}.tokens"
         return (
             f"import {{library}}\nimport soundfile\n\n\npipe = {{load}}\nsound = {call}\n"
             'soundfile.write("sound.wav", sound.audios[0], sound.sampling_rate)'
@@ -214,7 +237,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self, audio_length_in_s: float | None, num_frames: int | None, source_samples: int | None, loop: bool
     ) -> tuple[int, int]:
         """Samples and frames of what is to be made."""
-        codec, longest = self.audio_tokenizer, self.transformer.config.max_length
+        codec, longest = self._codec, self.transformer.config.max_length
         hop, rate = codec.hop_length, codec.sampling_rate
         if audio_length_in_s is not None and num_frames is not None:
             raise ValueError(f"audio_length_in_s is {audio_length_in_s} and num_frames {num_frames}: give only one.")
@@ -240,7 +263,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     def _read_windows(self, frames: int, overlap_in_s: float | None) -> tuple[int, int]:
         """Frames of a window and what two of them share."""
-        codec, longest = self.audio_tokenizer, self.transformer.config.max_length
+        codec, longest = self._codec, self.transformer.config.max_length
         seconds = codec.hop_length / codec.sampling_rate
         overlap = None if overlap_in_s is None else round(overlap_in_s / seconds)
         if overlap is not None and longest is not None and not 0 < overlap < longest:
@@ -259,7 +282,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     def _read_codes(self, tokens: Sounds) -> torch.Tensor:
         """Codes of the audio tokenizer, (rows, codebooks, frames)."""
-        codec = self.audio_tokenizer
+        codec = self._codec
         codes = torch.as_tensor(tokens).to(self._execution_device)
         if codes.is_floating_point() or codes.ndim != 3 or codes.shape[1] != codec.num_codebooks:
             raise ValueError(
@@ -310,7 +333,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         loop: bool,
     ) -> _Canvas:
         """Given sound and the mask on as many frames as are wanted; what lies beyond the sound is new."""
-        codec, device = self.audio_tokenizer, self._execution_device
+        codec, device = self._codec, self._execution_device
         hop = codec.hop_length
         if audio is None and codes is None:
             codes = torch.zeros(1, codec.num_codebooks, frames, dtype=torch.long, device=device)
@@ -377,6 +400,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError("negative_prompt is where guidance starts from: give a guidance_scale other than 1.")
         if audio is not None and tokens is not None:
             raise ValueError("audio and tokens are both given: they are two ways to say the same, give one.")
+        if audio is not None and self.audio_tokenizer is None:
+            raise ValueError("audio is given, but the pipeline has no audio_tokenizer to encode it: give tokens.")
         given = "tokens" if audio is None else "audio"
         if audio is None and tokens is None and mask is not None:
             raise ValueError("mask needs the audio (or the tokens) that it speaks of.")
@@ -446,7 +471,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         c = self.transformer.config
         if not self.in_sequence:
             return codes if c.num_codebooks > 1 else codes[:, 0]
-        first_symbols = self.audio_tokenizer.codebook_size * torch.arange(c.num_codebooks, device=codes.device)
+        first_symbols = self._codec.codebook_size * torch.arange(c.num_codebooks, device=codes.device)
         codes = codes + first_symbols[:, None]
         return (codes.transpose(1, 2) if c.layout == "flatten" else codes).flatten(1)
 
@@ -457,7 +482,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             return tokens if c.num_codebooks > 1 else tokens[:, None]
         if c.layout == "flatten":
             tokens = tokens.unflatten(1, (-1, c.num_codebooks)).transpose(1, 2)
-        return tokens.reshape(len(tokens), c.num_codebooks, -1) % self.audio_tokenizer.codebook_size
+        return tokens.reshape(len(tokens), c.num_codebooks, -1) % self._codec.codebook_size
 
     def _fill(
         self, codes: torch.Tensor, new: torch.Tensor, generator: Generators, conditions: dict, bar, callback, shown
@@ -566,7 +591,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         )  # fmt: skip
         self._check_components()
         self._guidance_scale, self._num_timesteps = guidance_scale, 0
-        codec, device = self.audio_tokenizer, self._execution_device
+        codec, device = self._codec, self._execution_device
         labels = read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device)
         waveform = None if audio is None else self._read_audio(audio, sampling_rate)
         codes = None if tokens is None else self._read_codes(tokens)
@@ -616,6 +641,8 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     def _output(self, codes: torch.Tensor, canvas: _Canvas, output_type: str, loop: bool) -> SEDDTokenPipelineOutput:
         codec = self.audio_tokenizer
+        if codec is None:
+            return SEDDTokenPipelineOutput(tokens=codes.cpu().numpy() if output_type == "np" else codes)
         if output_type == "tokens":
             return SEDDTokenPipelineOutput(tokens=codes, sampling_rate=codec.sampling_rate)
         if loop:

@@ -16,6 +16,9 @@ import tonefield
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "diffusers", "librosa", "transformers", "matplotlib", "datasets"}
 LAZY_PACKAGES = [init.parent.name for init in sorted(ROOT.glob("*/__init__.py")) if "attach(" in init.read_text()]
+IMPORTERS = [
+    f"conversion/{file.stem}" for file in (ROOT / "conversion").glob("*.py") if "__main__" in file.read_text()
+]
 
 IMPORTED = "; import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
 HELP = """
@@ -57,7 +60,7 @@ def test_import_loads_nothing_heavy(folder):
     assert not (HEAVY | {"numpy"}) & set(modules)
 
 
-@pytest.mark.parametrize("script", scripts())
+@pytest.mark.parametrize("script", [*scripts(), *IMPORTERS])
 def test_help_loads_nothing_heavy(script):
     output, (status, modules) = last_line("-c", HELP, str(ROOT / f"{script}.py"))
     assert status == 0

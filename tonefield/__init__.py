@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .models import SongUNet2DModel as SongUNet2DModel
     from .models import TransformersCodec as TransformersCodec
+    from .models import WavTokenizer as WavTokenizer
     from .pipelines import LatentAudioDiffusionPipeline as LatentAudioDiffusionPipeline
     from .pipelines import MelPFGMPipeline as MelPFGMPipeline
     from .pipelines import SEDDTokenPipeline as SEDDTokenPipeline
@@ -48,6 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "ScoreSDEScheduler": "schedulers",
         "SongUNet2DModel": "models",
         "TransformersCodec": "models",
+        "WavTokenizer": "models",
         "load": "pipelines",
     },
 )

@@ -441,6 +441,7 @@ def test_saved_and_loaded(tmp_path):
     (dict(graph_type="masked"), "graph_type is 'absorb' or 'uniform', not 'masked'"),
     (dict(layout="delay"), "layout is 'parallel', 'flatten' or 'codebook_major', not 'delay'"),
     (dict(num_heads=5), "hidden_size 24 must be a multiple of 2 \\* num_heads = 10"),
+    (dict(scaled_by_sigma=False), "scaled_by_sigma=False is for the absorbing graph and time_conditioning=True"),
     (dict(layout="flatten", num_codebooks=2), "vocab_size 11 must be a multiple of num_codebooks = 2"),
     (dict(layout="flatten", num_codebooks=2, vocab_size=8, graph_type="uniform"), "which layout 'flatten' forbids"),
 ])  # fmt: skip
