@@ -75,7 +75,9 @@ def read_checkpoint(file: Path) -> Any:
         raise UserError(
             f"{file} is no checkpoint of plain tensors, and nothing else is read: {first_line(error)}"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, BadZipFile, ValueError) as error:
+    except PermissionError:
+        raise UserError(f"{file} may not be read.") from None
+    except (SafetensorError, RuntimeError, EOFError, BadZipFile, ValueError, OSError) as error:
         raise UserError(f"{file} is damaged or no checkpoint: {first_line(error)}. Fetch it again.") from None
 
 

@@ -8,6 +8,7 @@ import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline
 
 import tonefield
+from tonefield.models import load_vocoder
 
 
 # What both reading the index and loading the pipeline want to know about a repository.
@@ -54,6 +55,7 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`): Repository id on the Hub, or folder.
         kwargs: What `from_pretrained` of the pipeline takes: `dtype`, `revision`, `token`, `variant`, components, ...
+            A `vocoder` may be given by name, see [`load_vocoder`](tonefield.models.load_vocoder).
 
     Returns:
         The pipeline, an instance of the class that the repository names.
@@ -62,8 +64,13 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         ```py
         pipe = tonefield.load("someone/drum-loops")
         sound = pipe(generator=torch.Generator().manual_seed(0)).audios[0]
+
+        pipe = tonefield.load("someone/songs", vocoder="nvidia/bigvgan_v2_44khz_128band_256x")
         ```
     """
+    if isinstance(kwargs.get("vocoder"), (str, os.PathLike)):
+        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key != "revision"}
+        kwargs["vocoder"] = load_vocoder(kwargs["vocoder"], **place)
     name = os.fspath(pretrained_model_name_or_path)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, DiffusionPipeline.config_name)):
         raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
