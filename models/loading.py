@@ -58,7 +58,7 @@ def load_vocoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
             A folder or Hub id: of a BigVGAN as it is published, such as
             `"nvidia/bigvgan_v2_44khz_128band_256x"`, or of what `python -m tonefield.conversion.bigvgan` and
             `save_pretrained` write.
-        kwargs: What of the arguments of `from_pretrained` says where: `subfolder`, `revision`, `token`, `cache_dir`, ...
+        kwargs: What `from_pretrained` takes to find it: `subfolder`, `revision`, `token`, `cache_dir`, ...
 
     Returns:
         An `MMAudioVocoder` or an `LTX2Vocoder`, in float32: half precision is heard.

@@ -213,8 +213,8 @@ def check_vocoder(mel, vocoder) -> None:
     for name, value in theirs.items():
         if value != ours[name]:
             raise ValueError(
-                f"The vocoder reads mels of {name}={value:g}, but those of the pipeline have {name}={ours[name]:g}: use"
-                f" a vocoder of such mels, or train on the vocoder's{f' (preset {preset})' if preset else ''}."
+                f"The vocoder reads mels of {name}={value:g}, but those of the pipeline have {name}={ours[name]:g}:"
+                f" use a vocoder of such mels, or train on the vocoder's{f' (preset {preset})' if preset else ''}."
             )
 
 

@@ -268,7 +268,7 @@ def test_no_vocoder(tmp_path):
     with pytest.raises(UserError, match="is no JSON"):
         convert_bigvgan(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         convert_bigvgan(tmp_path)
     with pytest.raises(OSError, match="neither a folder nor a Hub id of a vocoder"):
         load_vocoder(tmp_path)

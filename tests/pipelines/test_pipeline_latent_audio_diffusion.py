@@ -22,7 +22,6 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.testing_utils import CaptureLogger
 from exact_networks import predictor, quiet, seeds
@@ -498,17 +497,15 @@ def test_windows_that_reach_beyond_the_end_are_not_kept(mel_pipe, mel, sounds):
 
 
 def test_what_a_vocoder_makes_is_as_loud_as_what_is_kept():
-    class Hiss(ModelMixin):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("unused", torch.zeros(1))
-
-        def forward(self, mels):
-            return DecoderOutput(0.003 * normal(len(mels), 1, 64 * mels.shape[-1], seed=4))
+    class Hiss(MMAudioVocoder):
+        def forward(self, mels, return_dict=True):
+            return (0.003 * normal(len(mels), 1, 64 * mels.shape[-1], seed=4),)
 
     mel = MelSpectrogram(8000, 256, 64, 16, 32, method="bigvgan")
     audio = 0.1 * normal(1, 4096)
-    pipe = LatentAudioDiffusionPipeline(predictor(torch.zeros(1, 1, 1, 1)), UNCLIPPED, mel, vocoder=Hiss())
+    pipe = LatentAudioDiffusionPipeline(
+        predictor(torch.zeros(1, 1, 1, 1)), UNCLIPPED, mel, vocoder=Hiss(16, 4, (8, 8), (16, 16))
+    )
     made = quiet(pipe)(audio=audio, mask=[(0.2, 0.3)], output_type="pt", **STEPS).audios
     assert abs(20 * math.log10(rms(made[:, 1600:2400]) / 0.1)) < 1
 
