@@ -1,7 +1,6 @@
 """The pipeline against networks that are exact, and against diffusers' own steps around networks that are not."""
 
 import copy
-import json
 import math
 
 import diffusers
@@ -26,7 +25,6 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils.testing_utils import CaptureLogger
 from exact_networks import predictor, quiet, seeds
 
-import tonefield
 from tonefield import LatentAudioDiffusionPipeline, MelSpectrogram, PoissonFlowScheduler
 from tonefield.pipelines import encode_text
 from tonefield.pipelines.tonefield_text import logger
@@ -756,44 +754,6 @@ def test_offloading_changes_nothing(text_pipe):
     call["generator"] = seeds(0)
     np.testing.assert_allclose(text_pipe("drums", **call).audios, expected, atol=1e-6)
     text_pipe.remove_all_hooks()
-
-
-# Repositories of AudioDiffusionPipeline
-
-
-@pytest.mark.parametrize("latent", [False, True])
-def test_audio_diffusion_folders(tmp_path, latent):
-    from diffusers import AudioDiffusionPipeline, Mel
-
-    torch.manual_seed(0)
-    blocks = dict(block_out_channels=(8, 16), norm_num_groups=4)
-    unet = UNet2DModel(
-        (8, 8) if latent else (16, 16), 1, 1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=8, **blocks,
-    ).eval()  # fmt: skip
-    vae = AutoencoderKL(
-        1, 1, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, latent_channels=1, **blocks
-    ).eval()
-    scheduler = DDIMScheduler(clip_sample=not latent)
-    mel = Mel(x_res=16, y_res=16, sample_rate=8000, n_fft=256, hop_length=64)
-    pipe = quiet(AudioDiffusionPipeline(vae if latent else None, unet, mel, scheduler))
-    pipe.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"clip_sample": True}))
-    noise = normal(1, 1, *((8, 8) if latent else (16, 16)))
-    expected = pipe(noise=noise.clone(), steps=5).images[0]
-    ours = quiet(tonefield.load(tmp_path))
-    assert type(ours) is LatentAudioDiffusionPipeline and ours.scheduler.config.clip_sample is not latent
-    made = ours(latents=noise, num_inference_steps=5, output_type="pil").images[0]
-    difference = np.abs(np.array(made, dtype=int) - np.array(expected, dtype=int))
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and np.array(expected).std() > 10
-    # The front end is the same as well.
-    audio = 0.3 * normal(1, 16 * 64 - 1)
-    mel.load_audio(raw_audio=audio[0].numpy())
-    heard = np.array(ours.mel.to_image(ours.mel.encode(audio))[0], dtype=int)
-    assert np.abs(heard - np.array(mel.audio_slice_to_image(0), dtype=int)).max() <= 1
-    ours.save_pretrained(tmp_path / "again")
-    assert quiet(tonefield.load(tmp_path / "again"))(output_type="pt", **STEPS).audios.shape == (1, 1023)
 
 
 # Bad input
