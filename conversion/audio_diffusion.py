@@ -101,7 +101,8 @@ def convert_audio_diffusion(
         unclipped = {"clip_sample": False} if given["vae"] is not None else {}
         given["scheduler"] = cls.from_config(cls.load_config(name, subfolder="scheduler", **hub), **unclipped)
     if "mel" not in given:
-        given["mel"] = front_end(dict(Mel.load_config(name, subfolder="mel", **hub)), bigvgan_model)
+        settings: Any = Mel.load_config(name, subfolder="mel", **hub)
+        given["mel"] = front_end(settings, bigvgan_model)
     return LatentAudioDiffusionPipeline(**given)
 
 

@@ -98,6 +98,16 @@ def test_command(tmp_path, second, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
 
 
+def test_what_nvidia_publishes_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, license in (("nvidia/bigvgan_small", "license: mit"), ("mine/bigvgan_small", None)):
+        write_bigvgan(tmp_path / source)
+        args = parse(importer_parser(""), [source, "out"])
+        write(convert(args), args)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert license in card if license else "license" not in card
+
+
 def test_by_name(tmp_path):
     """From the Hub's cache: as it is published, and converted."""
     name = "nvidia/bigvgan_small"
