@@ -6,6 +6,9 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .audio_diffusion import convert_audio_diffusion as convert_audio_diffusion
+    from .bigvgan import convert_bigvgan as convert_bigvgan
+    from .ldm_autoencoder import convert_ldm_autoencoder as convert_ldm_autoencoder
     from .pfgm import convert_pfgm as convert_pfgm
     from .pfgm_unet import convert_ncsnpp as convert_ncsnpp
     from .pfgm_unet import convert_pfgm_unet as convert_pfgm_unet
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "convert_audio_diffusion": "audio_diffusion",
+        "convert_bigvgan": "bigvgan",
+        "convert_ldm_autoencoder": "ldm_autoencoder",
         "convert_ncsnpp": "pfgm_unet",
         "convert_pfgm": "pfgm",
         "convert_pfgm_unet": "pfgm_unet",

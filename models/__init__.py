@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .codec_transformers import TransformersCodec as TransformersCodec
     from .discriminator_patch import PatchDiscriminator as PatchDiscriminator
     from .loading import load_audio_tokenizer as load_audio_tokenizer
+    from .loading import load_vocoder as load_vocoder
     from .mel_spectrogram import MelSpectrogram as MelSpectrogram
     from .transformer_sedd import SEDDTransformer1DModel as SEDDTransformer1DModel
     from .unet_2d_pfgm import PFGMUNet2DModel as PFGMUNet2DModel
@@ -32,5 +33,6 @@ __getattr__, __dir__, __all__ = attach(
         "TransformersCodec": "codec_transformers",
         "WavTokenizer": "wavtokenizer",
         "load_audio_tokenizer": "loading",
+        "load_vocoder": "loading",
     },
 )

@@ -1,7 +1,11 @@
-"""One call that loads whichever audio tokenizer a name stands for."""
+"""One call each that loads whichever audio tokenizer or vocoder a name stands for."""
 
 import os
 
+from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import hf_hub_download
+
+from tonefield.command_line import UserError
 from tonefield.models.audio_tokenizer_mulaw import MuLawTokenizer
 from tonefield.models.codec_fsq import FSQCodec
 from tonefield.models.codec_transformers import TransformersCodec
@@ -49,4 +53,50 @@ def load_audio_tokenizer(
     raise ValueError(
         f"{name} holds a {config.get('_class_name', 'model of an unknown kind')}, which is no audio tokenizer: those"
         f" are {', '.join(cls.__name__ for cls in TOKENIZERS)}, and EnCodec, DAC and Mimi of transformers."
+    )
+
+
+def load_vocoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
+    """
+    Load a vocoder for the mels of the method `"bigvgan"`.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            A folder or Hub id: of a BigVGAN as it is published, such as
+            `"nvidia/bigvgan_v2_44khz_128band_256x"`, or of what `python -m tonefield.conversion.bigvgan` and
+            `save_pretrained` write.
+        kwargs: What `from_pretrained` takes to find it: `subfolder`, `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        An `MMAudioVocoder` or an `LTX2Vocoder`, in float32: half precision is heard.
+
+    Example:
+        ```py
+        pipe.vocoder = tonefield.models.load_vocoder("nvidia/bigvgan_v2_44khz_128band_256x")
+        ```
+    """
+    from diffusers import MMAudioVocoder
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    from tonefield.conversion.bigvgan import CONFIG, GENERATOR, convert_bigvgan
+
+    name = os.fspath(name_or_path)
+    try:
+        config = MMAudioVocoder.load_config(name, **kwargs)
+        for cls in (MMAudioVocoder, LTX2Vocoder):
+            if config.get("_class_name") == cls.__name__:
+                return cls.from_pretrained(name, **kwargs).requires_grad_(False).eval()
+        if "_class_name" not in config and "upsample_initial_channel" in config:
+            if os.path.isdir(name):
+                return convert_bigvgan(os.path.join(name, kwargs.get("subfolder") or ""))
+            hf_hub_download(name, CONFIG, **kwargs)
+            return convert_bigvgan(hf_hub_download(name, GENERATOR, **kwargs))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{name} is neither a folder nor a Hub id of a vocoder that can be read: {reason}") from error
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    raise ValueError(
+        f"{name} holds a {config.get('_class_name', 'model of an unknown kind')}, which is no vocoder: those are"
+        " MMAudioVocoder, LTX2Vocoder, and BigVGAN as it is published."
     )

@@ -23,6 +23,7 @@ from .tonefield_mel_editing import (
     Generators,
     Mask,
     Source,
+    check_vocoder,
     circular_in_time,
     encode_sound,
     frame_of_samples,
@@ -128,7 +129,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             Makes latents of mels: `(latents - shift_factor) * scaling_factor` is what the network sees.
         tokenizer ([`T5Tokenizer`], *optional*), text_encoder ([`T5EncoderModel`], *optional*):
             Make of a prompt what the network reads, see [`encode_text`].
-        vocoder ([`MMAudioVocoder`], *optional*):
+        vocoder ([`MMAudioVocoder`] or [`LTX2Vocoder`], *optional*):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
             What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`].
@@ -159,8 +160,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self._guidance_scale = 1.0
         self._num_timesteps = 0
-        if vocoder is not None and mel.config.method != "bigvgan":
-            raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
+        check_vocoder(mel, vocoder)
         if unet is not None:
             self._check_sizes()
 
@@ -432,6 +432,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta: use a DDIMScheduler.")
         if output_type not in ("np", "pt", "mel", "pil", "latent"):
             raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel, pil or latent.")
+        check_vocoder(self.mel, self.vocoder)  # which may have been set since
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(

@@ -23,6 +23,7 @@ from .tonefield_classes import Labels, order_names, read_labels
 from .tonefield_mel_editing import (
     Mask,
     Source,
+    check_vocoder,
     circular_in_time,
     encode_sound,
     guided_field,
@@ -107,7 +108,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         scheduler ([`PoissonFlowScheduler`], [`ScoreSDEScheduler`], [`EDMEulerScheduler`], ...):
             Noise law, grid and solver.
         mel ([`MelSpectrogram`], *optional*): The front end that the network was trained with.
-        vocoder ([`MMAudioVocoder`], *optional*):
+        vocoder ([`MMAudioVocoder`] or [`LTX2Vocoder`], *optional*):
             Makes sound of mels of the method `"bigvgan"`, in the place of the Griffin-Lim algorithm.
         card (`dict`, *optional*):
             What the model card of a saved pipeline tells of the training, see [`SelfContainedPipelineMixin`]. Its
@@ -134,8 +135,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, mel=mel, vocoder=vocoder)
         label2id = order_names(label2id, self.num_classes)
         self.register_to_config(card=card, label2id=label2id)
-        if vocoder is not None and (mel is None or mel.config.method != "bigvgan"):
-            raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
+        check_vocoder(mel, vocoder)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
@@ -246,6 +246,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             raise ValueError(f"temperature is {temperature}: it must be positive; 1 leaves the noise as it is.")
         if output_type not in ("np", "pt", "mel", "pil"):
             raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel or pil.")
+        check_vocoder(self.mel, self.vocoder)  # which may have been set since
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(

@@ -192,6 +192,84 @@ def encode_sound(mel, audio: torch.Tensor, loop: bool) -> Source:
     return Source(seen[..., margin : margin + audio.shape[1] // hop], audio, reference)
 
 
+# Vocoders: MMAudioVocoder and LTX2Vocoder of diffusers, which are the two generations of BigVGAN
+
+# Frames that a vocoder computes at once, over all rows: about 1.3 GB for the largest that are published.
+FRAMES_AT_ONCE = 4096
+
+
+def check_vocoder(mel, vocoder) -> None:
+    """Refuses a vocoder that was trained on other mels than those which it is to make sound of."""
+    if vocoder is None:
+        return
+    if mel is None or mel.config.method != "bigvgan":
+        raise ValueError("A vocoder needs a mel of method 'bigvgan', as it was trained on.")
+    ours = {name: mel.config[name] for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "f_min", "f_max")}
+    ours["f_max"] = ours["f_max"] or mel.config.sample_rate / 2
+    theirs = {"n_mels": vocoder.config.get("num_mels") or vocoder.config.get("in_channels")}
+    theirs["hop_length"] = math.prod(upsampling(vocoder))
+    theirs |= vocoder.config.get("_mel") or {}  # which conversion writes; what is above can be seen on any vocoder
+    preset = theirs.pop("preset", None)
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise ValueError(
+                f"The vocoder reads mels of {name}={value:g}, but those of the pipeline have {name}={ours[name]:g}:"
+                f" use a vocoder of such mels, or train on the vocoder's{f' (preset {preset})' if preset else ''}."
+            )
+
+
+def upsampling(vocoder) -> list[int]:
+    """By how much each stage of a vocoder is longer than the one before."""
+    rates = vocoder.config.get("upsample_rates") or vocoder.config.get("upsample_factors")
+    if not rates:
+        raise ValueError(f"{type(vocoder).__name__} is no vocoder of mels: use an MMAudioVocoder or an LTX2Vocoder.")
+    return rates
+
+
+def receptive_field(vocoder) -> int:
+    """Frames before and after a frame that a vocoder's sound of it depends on, rounded up."""
+    c, rate, reach = vocoder.config, 1.0, 3.0  # the first convolution has 7 taps
+    antialiased = 6  # an activation is up- and downsampled by filters of 12 taps at twice the rate: 3 taps each way
+    kernels = c.get("resblock_kernel_sizes") or c.get("resnet_kernel_sizes")
+    dilations = c.get("resblock_dilation_sizes") or c.get("resnet_dilations")
+    for step, kernel in zip(upsampling(vocoder), c.upsample_kernel_sizes, strict=True):
+        reach += kernel / step / 2 / rate + 1 / rate
+        rate *= step
+        blocks = [
+            sum((size - 1) // 2 * (dilation + 1) + 2 * antialiased for dilation in dilated)
+            for size, dilated in zip(kernels, dilations, strict=True)
+        ]
+        reach += max(blocks) / rate
+    return math.ceil(reach + (antialiased + 3) / rate)
+
+
+def vocode(vocoder, log_mels: torch.Tensor) -> torch.Tensor:
+    """
+    Waveforms (batch, samples) of natural logarithms of magnitudes (batch, n_mels, frames).
+
+    In float32 whatever surrounds it: over its hundred convolutions half precision is heard. Long mels are cut into
+    parts that overlap by what a vocoder sees, so that it makes of them what it would make of the whole.
+    """
+    if vocoder.dtype in (torch.float16, torch.bfloat16):
+        vocoder.float()
+    hop, margin, frames = math.prod(upsampling(vocoder)), receptive_field(vocoder), log_mels.shape[-1]
+    size = min(frames, FRAMES_AT_ONCE)
+    with torch.autocast(log_mels.device.type, enabled=False):
+        rows = []
+        for some in log_mels.to(vocoder.dtype).split(max(1, FRAMES_AT_ONCE // size)):
+            parts = []
+            for start in range(0, frames, size):
+                first = max(0, start - margin)
+                seen = some[..., first : start + size + margin]
+                if "upsample_factors" in vocoder.config:
+                    made = vocoder(seen[:, None], time_last=True)[:, 0]
+                else:
+                    made = vocoder(seen, return_dict=False)[0][:, 0]
+                parts.append(made[:, (start - first) * hop :][:, : size * hop])
+            rows.append(torch.cat(parts, dim=1)[:, : frames * hop])
+        return torch.cat(rows).float()
+
+
 def make_sound(
     mel, vocoder, mels: torch.Tensor, generator: Generators, reference: torch.Tensor | None, loop: bool
 ) -> torch.Tensor:
@@ -202,12 +280,15 @@ def make_sound(
             return mel.decode(mels, generator=generator, reference=reference)
         low, high = mel.value_range
         log_mels = (mel.unstandardize(mels[:, 0]).clamp(-1, 1) + 1) * ((high - low) / 2) + low
-        waveform = vocoder(log_mels.to(vocoder.dtype)).sample[:, 0].float()
-        return waveform[:, : mel.samples_for(mels.shape[-1])]
+        return vocode(vocoder, log_mels)
 
     if not loop:
         return decode(mels)
-    return decode_ring(decode, mels, mel.config.hop_length, ring_margin(mel))
+    margin = ring_margin(mel)
+    if vocoder is not None:
+        # With all that the vocoder sees around the loop, what follows its end is its beginning already.
+        margin = max(margin, 2 * receptive_field(vocoder))
+    return decode_ring(decode, mels, mel.config.hop_length, margin, same_phases=vocoder is not None)
 
 
 # Latents

@@ -19,6 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import ModelCardData, file_exists
 
@@ -156,6 +157,14 @@ class SelfContainedPipelineMixin:
 
     # ----- loading. With tonefield installed nothing of the repository has to be run, so nothing has to be trusted:
     # its modules are replaced by the installed ones. `DiffusionPipeline.from_pretrained` does not come through here.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        if "vocoder" in cls._optional_components and isinstance(dtype, torch.dtype):
+            kwargs.pop("torch_dtype", None)
+            kwargs["dtype"] = {"default": dtype, "vocoder": torch.float32}  # its half precision is heard
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):

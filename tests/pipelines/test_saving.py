@@ -13,13 +13,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from exact_networks import quiet
 from fake_hub import FakeHub
+from published_vocoders import write_bigvgan
 from token_networks import random_token_pipe
 
 import tonefield
-from tonefield import MelPFGMPipeline, PFGMTransformerUNet2DModel, PFGMUNet2DModel, PoissonFlowScheduler
+from tonefield import (
+    MelPFGMPipeline,
+    MelSpectrogram,
+    PFGMTransformerUNet2DModel,
+    PFGMUNet2DModel,
+    PoissonFlowScheduler,
+)
+from tonefield.models import load_vocoder
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +180,26 @@ def test_text_pipelines_travel(text_pipe, run, work, bare_python):
     reader = tonefield.load(work / "words", unet=None, vae=None)
     for ours, theirs in zip(reader.encode_prompt("drums"), text_pipe.encode_prompt("drums"), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_vocoders_travel(run, work, bare_python):
+    """Also the one that diffusers has only within a pipeline."""
+    write_bigvgan(work / "vocoder", second=False)
+    mel = MelSpectrogram(8000, 64, 8, 16, 32, method="bigvgan")
+    unet = UNet2DModel((16, 32), 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                       block_out_channels=(8,), norm_num_groups=4)  # fmt: skip
+    pipe = quiet(MelPFGMPipeline(unet.eval(), PoissonFlowScheduler(), mel, load_vocoder(work / "vocoder")))
+    pipe.save_pretrained(work / "spoken")
+    expected = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).audios
+    run(
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('spoken', trust_remote_code=True)\n"
+        "assert type(pipe.vocoder).__name__ == 'LTX2Vocoder'\n"
+        "sound = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0))\n"
+        "np.save('sound.npy', sound.audios)",
+        bare_python,
+    )
+    np.testing.assert_allclose(heard(work), expected, atol=1e-5)
 
 
 def test_without_trust_diffusers_refuses(saved):
