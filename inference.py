@@ -5,8 +5,8 @@
     python inference.py --model USER/NAME --prompt "rain on a tin roof" --seconds 20 --seed 7
     python inference.py --model USER/NAME --audio song.wav --inpaint 2.5:4
     python inference.py --model USER/NAME --audio song.wav --continue_to 60
-    python inference.py --model USER/NAME --interpolate 3 8 6     # six sounds, from seed 3's to seed 8's
-    accelerate launch --num_processes 4 inference.py --model USER/NAME --prompt prompts.txt --num_samples 500
+    python inference.py --model USER/NAME --interpolate 3 8 6      # six sounds, from that of seed 3 to that of 8
+    accelerate launch --num_processes 4 inference.py --model USER/NAME --prompt lines.txt --num_samples 500
 
 --output_dir receives the sounds, a picture of each, `overview.png` with all of them side by side, and `manifest.jsonl`:
 a line for each sound with its file, seed, prompt and settings. A run that was stopped goes on when it is started again.
