@@ -71,6 +71,12 @@ def integrated_loudness(blocks: Iterable[np.ndarray], sample_rate: int) -> float
         return float(lufs(power[lufs(power) > lufs(power.mean()) - 10].mean()))  # eq. 6 and 7: the relative gate
 
 
+def gain_to(target: float, waveform: np.ndarray, sample_rate: int) -> float:
+    """The factor that brings a waveform to a loudness in LUFS, or its peak to just below full scale."""
+    loudness, peak = integrated_loudness([waveform], sample_rate), float(np.abs(waveform).max(initial=0.0))
+    return 1.0 if math.isinf(loudness) else min(10 ** ((target - loudness) / 20), PEAK_AFTER_GAIN / peak)
+
+
 def loudness_gain(audio: Path | bytes, sample_rate: int, target: float | None) -> float:
     """The factor that brings a recording to a loudness in LUFS, or its peak to just below full scale."""
     if target is None:

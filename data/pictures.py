@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 from tonefield.models.mel_spectrogram import MelSpectrogram, mel_frequencies
 
@@ -56,10 +58,40 @@ def draw_mels(
     figure.savefig(path)
 
 
+def look_of(samples: int, sampling_rate: int) -> MelSpectrogram:
+    """A front end that shows a sound of so many samples."""
+    n_fft = 2 ** math.ceil(math.log2(0.06 * max(sampling_rate, 8000)))  # long enough to tell the lowest bands apart
+    return MelSpectrogram(sampling_rate, n_fft, n_fft // 4, n_mels=64, num_frames=samples * 4 // n_fft + 1)
+
+
 def draw_sounds(waveforms: torch.Tensor, sampling_rate: int, path: str | Path, titles: Sequence[str] = ()) -> None:
     """Draws the spectrograms of sounds (count, samples) in [-1, 1] side by side into one PNG."""
-    n_fft = 2 ** math.ceil(math.log2(0.06 * max(sampling_rate, 8000)))  # long enough to tell the lowest bands apart
-    frames = waveforms.shape[1] * 4 // n_fft + 1
-    mel = MelSpectrogram(sampling_rate, n_fft, n_fft // 4, n_mels=64, num_frames=frames)
+    mel = look_of(waveforms.shape[1], sampling_rate)
     padded = torch.nn.functional.pad(waveforms.float().cpu(), (0, mel.slice_samples - waveforms.shape[1]))
     draw_mels(mel.encode(padded), mel, path, titles)
+
+
+def save_spectrogram(waveform: np.ndarray, sampling_rate: int, path: str | Path) -> None:
+    """The spectrogram of one sound as a plain picture, the bass at the bottom."""
+    mel = look_of(len(waveform), sampling_rate)
+    padded = np.pad(waveform, (0, mel.slice_samples - len(waveform)))
+    grey = mel.to_image(mel.encode(torch.from_numpy(padded)[None]))[0]
+    colours = (colormaps["magma"](np.asarray(grey)[::-1])[..., :3] * 255).round().astype(np.uint8)
+    picture = Image.fromarray(colours)
+    picture.resize((max(256, 4 * picture.width), 256), Image.Resampling.NEAREST).save(path)
+
+
+def contact_sheet(pictures: Sequence[Path], titles: Sequence[str], path: str | Path, columns: int = 5) -> None:
+    """Pictures side by side in one, each with its title. A sheet shows the first 100."""
+    width, height, line = 256, 160, 22
+    pictures = pictures[:100]
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + 8) + 8, rows * (height + line + 8) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (file, title) in enumerate(zip(pictures, titles, strict=False)):
+        left, top = 8 + index % columns * (width + 8), 8 + index // columns * (height + line + 8)
+        with Image.open(file) as picture:
+            sheet.paste(picture.resize((width, height)), (left, top + line))
+        draw.text((left, top + 4), title if len(title) < 40 else title[:37] + "...", fill="black")
+    sheet.save(path)

@@ -188,6 +188,8 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             The decibels (or log-magnitudes) that become -1 and 1; `(-top_db, 0)` or `(ln 1e-5, 2.1)` by default.
         mean, std (`float`, *optional*, defaults to 0 and 1):
             Standardisation of what the model sees: `encode` subtracts and divides, `decode` undoes it.
+        n_iter (`int`, *optional*, defaults to 32):
+            Iterations of the Griffin-Lim algorithm in `decode`; more sound cleaner, up to about 100.
     """
 
     _keep_in_fp32_modules: ClassVar = ["filterbank"]
@@ -209,6 +211,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         value_range: tuple[float, float] | None = None,
         mean: float = 0.0,
         std: float = 1.0,
+        n_iter: int = 32,
     ):
         super().__init__()
         if method not in ("image", "bigvgan"):
@@ -219,7 +222,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             raise ValueError(f"mel_scale is 'slaney' or 'htk', not {mel_scale!r}.")
         for name, value in dict(
             sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, num_frames=num_frames,
-            top_db=top_db, std=std,
+            top_db=top_db, std=std, n_iter=n_iter,
         ).items():  # fmt: skip
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}.")
@@ -407,7 +410,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
     def decode(
         self,
         mel: torch.Tensor,
-        n_iter: int = 32,
+        n_iter: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         reference: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -419,7 +422,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
 
         Args:
             mel (`torch.Tensor` of shape `(batch, 1, n_mels, frames)`): What `encode` returns, or a model generates.
-            n_iter (`int`, *optional*, defaults to 32): Griffin-Lim iterations; more sound cleaner, up to about 100.
+            n_iter (`int`, *optional*): Griffin-Lim iterations, in the place of the configuration's.
             generator (`torch.Generator` or a list with one for each mel, *optional*): Draws the initial phases.
             reference (`torch.Tensor` of shape `(batch,)`, *optional*): What `encode` returned beside the mel.
 
@@ -444,7 +447,9 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         magnitude = magnitude.sqrt() if c.method == "image" else magnitude
         phases = torch.view_as_complex(randn_tensor((*magnitude.shape, 2), generator, magnitude.device, torch.float32))
         window = torch.hann_window(c.n_fft, device=magnitude.device)
-        waveform = griffin_lim(magnitude, window, c.hop_length, n_iter, torch.sgn(phases))
+        waveform = griffin_lim(
+            magnitude, window, c.hop_length, c.n_iter if n_iter is None else n_iter, torch.sgn(phases)
+        )
         length = self.samples_for(mel.shape[-1])
         waveform = waveform[:, self._margin : self._margin + length]
         waveform = torch.nn.functional.pad(waveform, (0, length - waveform.shape[-1]))

@@ -709,7 +709,8 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all randomness. With a list of one per sound, none depends on the batch it is in.
             latents (`torch.Tensor`, *optional*):
-                The noise to start from, at unit scale, as [`~LatentAudioDiffusionPipeline.invert`] returns it.
+                The noise to start from, at unit scale, as [`~LatentAudioDiffusionPipeline.invert`] returns it. The
+                scheduler's `init_noise_sigma` is applied to it here, as diffusers' pipelines do.
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask:
                 What [`~LatentAudioDiffusionPipeline.encode_prompt`] returns, in the place of the prompts.
             output_type (`str`, *optional*, defaults to `"np"`):

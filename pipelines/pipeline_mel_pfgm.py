@@ -336,6 +336,11 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
 
     # ----- generation
 
+    @property
+    def _first_noise_level(self) -> float:
+        """Where the sampling equation starts, whatever grid the scheduler was last made ready for."""
+        return type(self.scheduler).from_config(self.scheduler.config).init_noise_sigma
+
     def prepare_noise(self, batch_size: int, generator: Generators) -> torch.Tensor:
         """Noise of the scheduler's law at unit scale, float32."""
         shape = (batch_size, *self._sample_shape())
@@ -391,7 +396,8 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all randomness. With a list of one per sound, none depends on the batch it is in.
             latents (`torch.Tensor`, *optional*):
-                The noise to start from, at the first noise level, as [`~MelPFGMPipeline.invert`] returns it.
+                The noise to start from, at unit scale, as [`~MelPFGMPipeline.invert`] returns it. The scheduler's
+                `init_noise_sigma` is applied to it here, as diffusers' pipelines do.
             output_type (`str`, *optional*, defaults to `"np"`):
                 `"np"` or `"pt"`: sounds and mels (without a mel, pictures in [0, 1]); `"mel"`: what the model
                 generated, as it is; `"pil"`: pictures.
@@ -447,8 +453,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         if latents is None:
             noise = self.prepare_noise(batch_size, generator)
         else:
-            latents = latents.to(device, torch.float32)
-            noise = latents.expand(batch_size, -1, -1, -1) / self.scheduler.init_noise_sigma
+            noise = latents.to(device, torch.float32).expand(batch_size, -1, -1, -1)
         noise = temperature * noise
         if walked == num_inference_steps:
             latents = noise * self.scheduler.init_noise_sigma
@@ -501,7 +506,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
             rtol, atol (`float`, *optional*, defaults to 1e-5): Tolerances of the solver.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, channels, n_mels, frames)`: `latents` for `__call__`.
+            `torch.Tensor` of shape `(batch_size, channels, n_mels, frames)`: `latents` for `__call__`, at unit scale.
         """
         mels = self._read_audio(audio).mel
         labels = self._all_labels(
@@ -509,7 +514,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         )
         latents = self._integrate(mels, labels, upwards=True, rtol=rtol, atol=atol)
         self.maybe_free_model_hooks()
-        return latents
+        return latents / self._first_noise_level
 
     @torch.no_grad()
     def interpolate(
@@ -545,6 +550,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         labels = read_labels(class_labels, self.num_classes, self.config.label2id, self._execution_device)
         latents = self.invert(torch.cat(ends), class_labels, rtol, atol)
         path = interpolate_latents(latents[:1], latents[1:], torch.linspace(0, 1, n, dtype=torch.float64))
+        path = path * self._first_noise_level
         mels = self._integrate(path, self._all_labels(labels, n), upwards=False, rtol=rtol, atol=atol)
         result = self._output(mels, generator, output_type)
         self.maybe_free_model_hooks()

@@ -122,12 +122,21 @@ def test_half_precision_network(random_pipe):
     assert np.isfinite(random_pipe(output_type="np").audios).all()
 
 
+@pytest.mark.parametrize("scheduler", [PoissonFlowScheduler(), ScoreSDEScheduler("ve", solver_type="heun")])
+def test_latents_are_noise_at_unit_scale(random_pipe, scheduler):
+    """As in diffusers: what the scheduler makes of noise at the start is made of given noise too."""
+    pipe = quiet(MelPFGMPipeline(random_pipe.unet, scheduler, random_pipe.mel))
+    call = dict(num_inference_steps=2, output_type="mel")
+    given = pipe(latents=pipe.prepare_noise(2, seeds(0, 1)), **call).mels
+    assert torch.equal(given, pipe(2, generator=seeds(0, 1), **call).mels)
+
+
 def test_temperature_scales_the_noise():
     """The flow of a Gaussian is linear in its noise."""
     pipe = quiet(MelPFGMPipeline(GaussianDenoiser(0.5), PoissonFlowScheduler(aug_dim=None, prediction_type="sample")))
     plain, hot = (pipe(3, temperature=t, generator=seeds(0, 1, 2), output_type="mel").images for t in (1, 1.7))
     torch.testing.assert_close(hot, 1.7 * plain)
-    latents = 80 * torch.randn(3, 1, 4, 4)
+    latents = torch.randn(3, 1, 4, 4)
     plain, cold = (pipe(3, temperature=t, latents=latents, output_type="mel").images for t in (1, 0.3))
     torch.testing.assert_close(cold, 0.3 * plain)
     # The numbers that come out have the law that the network knows.
@@ -245,10 +254,10 @@ def test_guidance_extrapolates_the_denoised_sample(mel, data, kind):
     """One step from noise is the denoised sample itself."""
     network = exact(data, 128, 3, kind)
     pipe = quiet(MelPFGMPipeline(network, PoissonFlowScheduler(prediction_type=kind), mel))
-    noise = pipe.prepare_noise(1, seeds(0)) * 80
+    noise = pipe.prepare_noise(1, seeds(0))
     call = dict(num_inference_steps=1, latents=noise, output_type="mel")
     sigma = torch.tensor([80.0], dtype=torch.float64)
-    null, label = (network.denoise(noise.double(), sigma, torch.tensor([c])) for c in (3, 1))
+    null, label = (network.denoise(80 * noise.double(), sigma, torch.tensor([c])) for c in (3, 1))
     for scale in (0, 1, 2.5):
         expected = null + scale * (label - null)
         torch.testing.assert_close(
@@ -271,7 +280,7 @@ def test_guidance_of_fields_is_that_of_denoisers(random_pipe, mel):
         outputs = [field(noise, t, torch.tensor([c, c])).sample for c in (3, 0)]
     null, label = (scheduler.precondition_outputs(noise, output, 2.0) for output in outputs)
     expected = null + 3 * (label - null)
-    mels = pipe(2, 0, 1, 3.0, latents=noise, output_type="mel").mels
+    mels = pipe(2, 0, 1, 3.0, latents=noise / 2, output_type="mel").mels
     torch.testing.assert_close(mels, expected, rtol=1e-4, atol=1e-4)
     of_outputs = scheduler.precondition_outputs(noise, outputs[0] + 3 * (outputs[1] - outputs[0]), 2.0)
     assert (of_outputs - expected).abs().max() > 0.01
@@ -362,7 +371,7 @@ def test_what_is_made_is_as_loud_as_what_is_kept(sounds):
 
 def test_loops_commute_with_rotation(random_pipe):
     """On a ring no place is special: turned noise makes the same sound, turned."""
-    latents = random_pipe.prepare_noise(2, seeds(0, 1)) * 80
+    latents = random_pipe.prepare_noise(2, seeds(0, 1))
     for loop in (True, False):
         mels = random_pipe(latents=latents, loop=loop, output_type="mel").mels
         turned = random_pipe(latents=latents.roll(10, -1), loop=loop, output_type="mel").mels.roll(-10, -1)
@@ -415,7 +424,7 @@ def test_inversion_is_undone_by_sampling(make_pipe, data, aug_dim):
     near = data[:2] + 0.002 * torch.randn(2, 1, 16, 32, generator=torch.Generator().manual_seed(0))
     for given in (near, data[:2]):
         latents = pipe.invert(given)
-        assert latents.flatten(1).norm(dim=1).max() < 1.2 * 80 * math.sqrt(512)
+        assert latents.flatten(1).norm(dim=1).max() < 1.2 * math.sqrt(512)
         back = pipe(latents=latents, num_inference_steps=100, output_type="mel").mels
         torch.testing.assert_close(back, data[:2], atol=1e-4, rtol=0)
     # The direction carries the sound: another latent leads elsewhere.
@@ -428,7 +437,11 @@ def test_inversion_of_a_gaussian(make_pipe):
     pipe = quiet(MelPFGMPipeline(GaussianDenoiser(0.5), PoissonFlowScheduler(aug_dim=None, prediction_type="sample")))
     picture = torch.randn(3, 1, 4, 4) * 0.5
     latents = pipe.invert(picture)
-    torch.testing.assert_close(latents, picture * math.sqrt((0.25 + 80**2) / (0.25 + 0.002**2)), rtol=1e-4, atol=1e-3)
+    expected = picture * math.sqrt((0.25 + 80**2) / (0.25 + 0.002**2)) / 80
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pipe.invert(picture), latents)
+    pipe.scheduler.set_timesteps(sigmas=[20.0, 1.0])  # what a person does with the scheduler does not matter
+    assert torch.equal(pipe.invert(picture), latents)
     back = pipe(latents=latents, num_inference_steps=200, output_type="mel").images
     torch.testing.assert_close(back, picture, rtol=2e-3, atol=1e-4)
 
@@ -518,7 +531,7 @@ def test_inversion_and_interpolation_of_score_sdes(sde, kind, mel, data, sounds)
     scheduler = ScoreSDEScheduler(**SDES[sde], prediction_type=kind)
     pipe = quiet(MelPFGMPipeline(exact_noise(data, scheduler, 3, kind), scheduler, mel))
     latents = pipe.invert(sounds[2:4], 1)
-    assert latents.flatten(1).norm(dim=1).max() < 1.3 * scheduler.init_noise_sigma * math.sqrt(512)
+    assert latents.flatten(1).norm(dim=1).max() < 1.3 * math.sqrt(512)
     path = pipe.interpolate(sounds[2], sounds[3], 3, class_labels=1, generator=seeds(0, 1, 2))
     torch.testing.assert_close(torch.as_tensor(path.mels)[[0, 2]], data[2:4], atol=2e-3, rtol=0)
     assert path.audios.shape == (3, sounds.shape[1])
@@ -536,7 +549,9 @@ def test_score_sdes_of_a_gaussian(sde):
     mean, std = scheduler.equation.marginal(times)
     start, end = (mean**2 * 0.25 + std**2).tolist()
     latents = pipe.invert(picture)
-    torch.testing.assert_close(latents, picture * math.sqrt(end / start), rtol=1e-4, atol=1e-4 * math.sqrt(end))
+    unit = scheduler.init_noise_sigma
+    expected = picture * math.sqrt(end / start) / unit
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4 * math.sqrt(end) / unit)
     back = pipe(latents=latents, num_inference_steps=300, output_type="mel").images
     posterior_mean = mean[0].item() * 0.25 / start * picture
     torch.testing.assert_close(back, posterior_mean, rtol=3e-3, atol=1e-4)
