@@ -5,6 +5,7 @@ the files of all local repositories into one package.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,3 +64,30 @@ def encode_text(
     mask = tokens.attention_mask.to(device)
     states = text_encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
     return states * mask[..., None].to(states.dtype), mask.bool()
+
+
+@dataclass
+class TokenStates:
+    """What the network reads: states (branches, batch, tokens, width), and the mask of the tokens."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
+
+
+def join_text(
+    branches: list[tuple[torch.Tensor, torch.Tensor]], num_prompts: int, num_waveforms: int
+) -> TokenStates | None:
+    """Branches of states and masks, brought to one length, with a row for each of the sounds."""
+    if not branches:
+        return None
+    length = max(states.shape[1] for states, _ in branches)
+
+    def for_each(rows: torch.Tensor) -> torch.Tensor:
+        padding = [0, 0] * (rows.ndim - 2) + [0, length - rows.shape[1]]
+        rows = torch.nn.functional.pad(rows, padding)
+        return rows.expand(num_prompts, *rows.shape[1:]).repeat_interleave(num_waveforms, 0)
+
+    return TokenStates(
+        torch.stack([for_each(states) for states, _ in branches]),
+        torch.stack([for_each(mask) for _, mask in branches]),
+    )
