@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from .tonefield_calls import CallMixin
 from .tonefield_latent_inputs import Clip, LatentInputsMixin, Text
+from .tonefield_lora import LoraMixin
 from .tonefield_mel_editing import (
     Generators,
     Mask,
@@ -87,7 +88,9 @@ class LatentAudioDiffusionPipelineOutput(BaseOutput):
     sampling_rate: int | None = None
 
 
-class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, CallMixin, LatentInputsMixin, DiffusionPipeline):
+class LatentAudioDiffusionPipeline(
+    LoraMixin, SelfContainedPipelineMixin, CallMixin, LatentInputsMixin, DiffusionPipeline
+):
     r"""
     Generates sound with a network that denoises mel spectrograms, or the latents of an autoencoder for them, and reads
     text or does not. The scheduler may be any of diffusers or of tonefield that suits what the network predicts.
