@@ -171,8 +171,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.class_conditional = False
     if args.text_encoder is not None and args.objective in WITH_CHARGES:
         parser.error(f"--objective {args.objective} knows classes, not texts: use pfgmpp with --text_encoder")
-    if args.text_encoder is not None and args.streaming:
-        parser.error("--text_encoder encodes all captions beforehand, which --streaming does not know")
     if args.vae is not None and args.field_batch_size is not None:
         parser.error("--field_batch_size wants latents without --vae: train_vae.py --cache_latents makes them")
     return args
@@ -218,10 +216,10 @@ def make_scheduler(args, data):
         raise UserError(first_line(error).replace("`", "")) from None
 
 
-def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
+def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=None):
     """
     `compute_loss` of the training loop for the objective: told the class or the text, and with charges where it has
-    any. With a `vae` the mels of the batch are made latents first.
+    any. With a `vae` the mels of the batch are made latents first; the `encoder` encodes the texts of a stream.
     """
     import torch
 
@@ -230,6 +228,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
 
     null = None
     if texts is not None:
+        from tonefield.pipelines.tonefield_text import encode_tokens
         from tonefield.training.text import withhold
 
         null = texts([""])["text_states"][0].to(accelerator.device)
@@ -263,7 +262,8 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
 
     def read_text(batch, generators, dropout):
         """What the network is told of the texts; of those that are withheld, the empty text."""
-        states, mask = batch["text_states"], batch["text_mask"]
+        mask = batch["text_mask"]
+        states = batch["text_states"] if "text_states" in batch else encode_tokens(encoder, batch["text_ids"], mask)
         if null is not None and dropout:
             withheld = uniform(len(states), generators, states.device) < dropout
             states, mask = withhold(states, mask, withheld, null)
@@ -400,7 +400,8 @@ def main(args: argparse.Namespace) -> None:
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
     if encoder is not None:
-        texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)
+        with accelerator.local_main_process_first():  # the others find in the cache what this one has encoded
+            texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)
         fixed["text encoder"] = text_fingerprint(tokenizer, encoder)
     steps = args.num_inference_steps
     steps = steps or (18 if args.objective in POISSON else 50 if "prediction" in args.objective else 200)
@@ -410,10 +411,11 @@ def main(args: argparse.Namespace) -> None:
     )
     share = "" if trained == parameters else f" ({trained:,} of them trained)"
     told = f"{len(data.class_names)} classes" if data.class_names else "no classes"
-    told = told if texts is None else f"{len(texts.numbers) - 1} different captions"
+    if texts is not None:
+        told = "captions as they come" if args.streaming else f"{len(texts.places) - 1} different captions"
     kind = "latents" if data.vae else "samples"
     accelerator.print(f"{parameters:,} parameters{share}, {'x'.join(map(str, data.sample_shape))} {kind}, {told}")
-    loss = make_loss(args, scheduler, data, accelerator, coder, texts)
+    loss = make_loss(args, scheduler, data, accelerator, coder, texts, encoder)
     generate = make_samples(args, accelerator, scheduler, data, steps, vae, texts)
     result = train(args, accelerator, unet, data, loss, generate, fixed)
     if result is not None and accelerator.is_main_process:
