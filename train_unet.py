@@ -139,6 +139,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parse(parser, argv)
 
     check_arguments(parser, args)
+    if args.test:
+        args.num_inference_steps = min(args.num_inference_steps or 4, 4)
     if args.from_pretrained is not None:
         for name in KNOWN_TO_A_PIPELINE:
             if getattr(args, name) != parser.get_default(name):

@@ -466,6 +466,22 @@ def test_long_captions_are_told_of_once(words, caplog):
     assert "90 of 91 different captions are longer than the 5 tokens" in caplog.text
 
 
+def test_a_text_encoder_of_ones_own(tmp_path):
+    """Different captions get different states, for equal seeds the same ones."""
+    from tonefield.training.text import make_text_encoder
+
+    made = []
+    for name in ("first", "second"):
+        make_text_encoder([*CAPTIONS, "", None], tmp_path / name, seed=3)
+        tokenizer, encoder = open_text_encoder(parsed("x", f"--text_encoder={tmp_path / name}"))
+        made.append(encode_text(tokenizer, encoder, CAPTIONS)[0])
+        assert tokenizer.unk_token_id not in tokenizer(CAPTIONS).input_ids[0]
+    assert torch.equal(*made)
+    assert min((a - b).abs().max() for a, b in itertools.combinations(made[0], 2)) > 0.1
+    with pytest.raises(ValueError, match="no captions"):
+        make_text_encoder([" "], tmp_path / "none")
+
+
 # ----- what is learned
 
 

@@ -52,10 +52,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags of networks that are told a text."""
     group.add_argument("--caption_column", default="caption", metavar="NAME", help="the texts (default: %(default)s)")
     group.add_argument(
-        "--text_encoder",
-        metavar="NAME",
-        help="tell the network the text: a T5 encoder, folder or Hub id. Each different caption is encoded once and kept"
-        " in HF_DATASETS_CACHE; with --streaming they are encoded as they come",
+        "--text_encoder", metavar="NAME", help="tell the network the text: a T5 encoder, folder or Hub id"
     )
     group.add_argument(
         "--prompt_dropout",

@@ -42,6 +42,52 @@ def open_text_encoder(args) -> tuple[Any, Any]:
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
+def make_text_encoder(
+    captions: Sequence[str],
+    output_dir: str | os.PathLike,
+    width: int = 128,
+    vocab_size: int = 4000,
+    max_length: int = 128,
+    seed: int = 0,
+) -> None:
+    """
+    Writes a small T5 for captions, for `--text_encoder`. Its tokenizer is trained on the captions, its weights are
+    random: it knows no language, but different captions get different states. (T5 of the Hub know what words mean.)
+
+    Args:
+        captions (`list[str]`): The texts whose words it is to know.
+        output_dir (`str` or `os.PathLike`): The folder to write.
+        width (`int`, *optional*, defaults to 128): Of the states, a multiple of 8.
+        vocab_size (`int`, *optional*, defaults to 4000): Most pieces of words.
+        max_length (`int`, *optional*, defaults to 128): Most tokens of a caption.
+        seed (`int`, *optional*, defaults to 0): Of the weights.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    captions = [text for text in captions if text and text.strip()]
+    if not captions:
+        raise ValueError("There are no captions to make a text encoder of.")
+    words = Tokenizer(models.Unigram())
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    words.train_from_iterator(captions, trainer)
+    pieces = [(piece, score) for piece, score in json.loads(words.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=width // 8,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = T5EncoderModel(config)
+    encoder.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
 def text_fingerprint(tokenizer, encoder) -> str:
     """What a resumed run must find unchanged."""
     return fingerprint_of(encoder, len(tokenizer), tokenizer.model_max_length)
