@@ -8,9 +8,9 @@
     python inference.py --model USER/NAME --interpolate 3 8 6      # six sounds, from that of seed 3 to that of 8
     accelerate launch --num_processes 4 inference.py --model USER/NAME --prompt lines.txt --num_samples 500
 
---output_dir receives the sounds, a picture of each, `overview.png` with all of them side by side, and `manifest.jsonl`:
-a line for each sound with its file, seed, prompt and settings. A run that was stopped goes on when it is started again.
-Any line can be made again, bit for bit on the same machine:
+--output_dir receives the sounds, a picture of each, `overview.png` with all of them side by side, and
+`manifest.jsonl`: a line for each sound with its file, seed, prompt and settings. A run that was stopped goes on when it is started
+again. Any line can be made again, bit for bit on the same machine:
 
     python inference.py --again sounds/drums-1f2e3d4c/manifest.jsonl --lines 3 7
 """

@@ -4,17 +4,19 @@
     accelerate launch --num_processes 8 train_unet.py --config recipes/fsdd-64-gpu.yaml --dataset_name mels/digits
     python train_unet.py --dataset_name latents/songs --text_encoder google-t5/t5-small
     python train_unet.py --dataset_name mels/songs --vae outputs/songs-vae --text_encoder google/flan-t5-base
+    python train_unet.py --dataset_name mels/mine --from_pretrained someone/music-from-words --lora_rank 8
     python train_unet.py --dataset_name mels/digits --test
 
 The dataset is one that audio_to_images.py made; its front end, statistics and classes come from there. With
 --image_column any dataset of pictures will do. With --vae the network learns the latents that an autoencoder makes of
 the mels; a dataset of latents (train_vae.py --cache_latents) has them ready. With --text_encoder it is told captions.
+With --from_pretrained the training goes on from a pipeline; with --lora_rank beside it, what is trained and written is
+an adapter for that pipeline: `pipe.load_lora_weights(output_dir)`.
 --output_dir receives `checkpoint-<step>` folders, `metrics.jsonl`, what the network generates in `samples`, and at the
 end the pipeline, with the averaged weights.
 """
 
 import argparse
-import importlib
 import json
 import math
 from argparse import BooleanOptionalAction
@@ -29,31 +31,17 @@ from tonefield.training.arguments import (
     check_arguments,
     prepare_output_dir,
 )
+from tonefield.training.networks import MODEL_SIZES, NETWORKS, POISSON, make_unet
 
 
-# Networks by name; attention from the given level on. Sizes for a test, a laptop, a 24 GB card, and 8 GPUs.
-MODEL_SIZES = {
-    "tiny": dict(block_out_channels=(8, 16), layers=1, attention_from=1, head_dim=8, groups=4),
-    "small": dict(block_out_channels=(16, 32, 64, 128), layers=1, attention_from=2, head_dim=32, groups=8),
-    "medium": dict(block_out_channels=(64, 128, 256, 256), layers=2, attention_from=2, head_dim=64, groups=32),
-    "large": dict(block_out_channels=(128, 256, 384, 512), layers=3, attention_from=2, head_dim=64, groups=32),
-}  # fmt: skip
-
-# What --model_config may name, and where it is found.
-NETWORKS = {
-    "UNet2DModel": "diffusers",
-    "UNet2DConditionModel": "diffusers",
-    "PFGMUNet2DModel": "tonefield.models",
-    "PFGMTransformerUNet2DModel": "tonefield.models",
-    "SongUNet2DModel": "tonefield.models",
-}
-OF_NOISE_LEVELS = ("PFGMUNet2DModel", "PFGMTransformerUNet2DModel", "SongUNet2DModel")
-
-MAX_ATTENTION = 4096  # positions that attend to one another; the cost grows with their square
-
-POISSON = ("pfgmpp", "stable_target", "field")
 WITH_CHARGES = ("stable_target", "field")
 OBJECTIVES = (*POISSON, "epsilon", "v_prediction", "ve", "vp", "subvp")
+
+# Flags that describe what is made anew, and so have no meaning where the training goes on from a pipeline.
+KNOWN_TO_A_PIPELINE = (
+    "vae", "text_encoder", "class_conditional", "model_size", "model_config", "dropout", "objective", "aug_dim",
+    "field_batch_size", "sigma_min", "sigma_max", "p_mean", "p_std",
+)  # fmt: skip
 
 
 def augmented_dimensions(text: str) -> float:
@@ -136,10 +124,31 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="N",
         help="steps of validation samples (default: 18; DDPM 50; score SDEs 200)",
     )
+    model.add_argument(
+        "--from_pretrained",
+        metavar="NAME",
+        help="go on from the network of this pipeline, folder or Hub id, which knows its objective and its encoders",
+    )
+    model.add_argument(
+        "--lora_rank",
+        type=int,
+        metavar="R",
+        help="with --from_pretrained: train an adapter of rank R (LoRA) beside the network, which stays as it is",
+    )
     add_training_arguments(parser)
     args = parse(parser, argv)
 
     check_arguments(parser, args)
+    if args.test:
+        args.num_inference_steps = min(args.num_inference_steps or 4, 4)
+    if args.from_pretrained is not None:
+        for name in KNOWN_TO_A_PIPELINE:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} is what --from_pretrained knows: leave it out (of the recipe, too)")
+    if args.lora_rank is not None and args.from_pretrained is None:
+        parser.error("--lora_rank adapts a network: name the pipeline that holds it with --from_pretrained")
+    if args.lora_rank is not None and args.lora_rank < 1:
+        parser.error(f"--lora_rank is at least 1, not {args.lora_rank}")
     for name in ("label_dropout", "prompt_dropout", "dropout"):
         if not 0 <= (getattr(args, name) or 0) < 1:
             parser.error(f"--{name} lies between 0 and 1, not at {getattr(args, name):g}")
@@ -164,116 +173,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.class_conditional = False
     if args.text_encoder is not None and args.objective in WITH_CHARGES:
         parser.error(f"--objective {args.objective} knows classes, not texts: use pfgmpp with --text_encoder")
-    if args.text_encoder is not None and args.streaming:
-        parser.error("--text_encoder encodes all captions beforehand, which --streaming does not know")
     if args.vae is not None and args.field_batch_size is not None:
         parser.error("--field_batch_size wants latents without --vae: train_vae.py --cache_latents makes them")
     return args
 
 
-def read_network(given: str, usual: str) -> tuple[str, dict]:
-    """The class and the arguments that `--model_config` gives: a file, or JSON itself, as a recipe passes them."""
-    import yaml
-
-    inline = given.lstrip().startswith("{")
-    source = "model_config" if inline else f"--model_config {given}"
-    try:
-        config = yaml.safe_load(given if inline else Path(given).read_text(encoding="utf-8"))  # YAML contains JSON
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{source} cannot be read: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{source} must consist of the arguments of a network.")
-    class_name = config.get("_class_name", usual)
-    if class_name not in NETWORKS:
-        raise UserError(f"{source} names the network {class_name}; there are {', '.join(NETWORKS)}.")
-    return class_name, {name: number(value) for name, value in config.items() if not name.startswith("_")}
-
-
-def number(value):
-    """YAML takes 1e-6, which has no point, for text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def noise_dimensions(args) -> float:
     """D, which may be infinite."""
     return args.aug_dim or (1 if args.objective == "field" else 128)
-
-
-def make_unet(args, data, text_width: int | None = None):
-    """The network for the data: the flags' layout, one channel more for a field, one class more for "no class"; with
-    the width of the text that it is to be told, one that reads it."""
-    import torch
-
-    channels, height, width = data.sample_shape
-    derived = {
-        "sample_size": [height, width],
-        "in_channels": channels,
-        "out_channels": channels + (args.objective == "field"),
-        "num_class_embeds": len(data.class_names) + 1 if data.class_names else None,
-    }
-    reading = {} if text_width is None else {"cross_attention_dim": text_width}
-    derived |= reading
-    class_name = "UNet2DConditionModel" if reading else next(iter(NETWORKS))
-    if args.model_config:
-        class_name, config = read_network(args.model_config, class_name)
-        if (class_name == "UNet2DConditionModel") != bool(reading):
-            why = "does not read text" if reading else "reads text"
-            raise UserError(f"{class_name} {why}: use UNet2DConditionModel with --text_encoder, and without it not.")
-        for name, meaning in {
-            "num_class_embeds": "one for each class and one for none",
-            "in_channels": "channels of the data",
-            "out_channels": "channels of what the objective predicts",
-            **dict.fromkeys(reading, "the width of the text encoder"),
-        }.items():
-            if config.get(name, derived[name]) != derived[name]:
-                raise UserError(
-                    f"--model_config has {name} {config[name]}, the dataset wants {derived[name]} ({meaning})."
-                )
-        if class_name in OF_NOISE_LEVELS and args.objective not in POISSON:
-            raise UserError(
-                f"{class_name} sees noise levels, which --objective {args.objective} does not have:"
-                f" use {', '.join(POISSON)}, or a network of diffusers."
-            )
-        config = config | derived | ({} if args.dropout is None else {"dropout": args.dropout})
-    else:
-        size = MODEL_SIZES[args.model_size]
-        positions = [(height >> level) * (width >> level) for level in range(len(size["block_out_channels"]))]
-        attention = [
-            level >= size["attention_from"] and count <= MAX_ATTENTION for level, count in enumerate(positions)
-        ]
-        config = derived | {
-            "block_out_channels": size["block_out_channels"],
-            "layers_per_block": size["layers"],
-            "norm_num_groups": size["groups"],
-            "dropout": args.dropout or 0.0,
-        }
-        blocks = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if reading else ("AttnDownBlock2D", "AttnUpBlock2D")
-        config["down_block_types"] = [blocks[0] if here else "DownBlock2D" for here in attention]
-        config["up_block_types"] = [blocks[1] if here else "UpBlock2D" for here in reversed(attention)]
-        if reading:  # where diffusers calls the number of heads their dimension
-            heads = tuple(max(1, count // size["head_dim"]) for count in size["block_out_channels"])
-            config["attention_head_dim"] = heads
-        else:
-            config |= {"add_attention": attention[-1], "attention_head_dim": size["head_dim"]}
-    levels = len(config.get("block_out_channels", (224, 448, 672, 896)))
-    factor = 2 ** (levels - 1)
-    if height % factor or width % factor:
-        kind, unit = (" latents", data.mel.config.n_mels // height * factor) if data.vae else ("", factor)
-        raise UserError(
-            f"{levels} levels halve the input {levels - 1} times, which {height} x {width}{kind} does not allow. Use"
-            f" a dataset with multiples of {unit} (audio_to_images.py --resolution), or fewer levels (--model_size)."
-        )
-    torch.manual_seed(args.seed)
-    try:
-        unet = getattr(importlib.import_module(NETWORKS[class_name]), class_name)(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{class_name} cannot be built: {first_line(error)}") from None
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
 
 
 def make_scheduler(args, data):
@@ -311,10 +218,10 @@ def make_scheduler(args, data):
         raise UserError(first_line(error).replace("`", "")) from None
 
 
-def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
+def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=None):
     """
     `compute_loss` of the training loop for the objective: told the class or the text, and with charges where it has
-    any. With a `vae` the mels of the batch are made latents first.
+    any. With a `vae` the mels of the batch are made latents first; the `encoder` encodes the texts of a stream.
     """
     import torch
 
@@ -323,6 +230,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
 
     null = None
     if texts is not None:
+        from tonefield.pipelines.tonefield_text import encode_tokens
         from tonefield.training.text import withhold
 
         null = texts([""])["text_states"][0].to(accelerator.device)
@@ -356,7 +264,8 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
 
     def read_text(batch, generators, dropout):
         """What the network is told of the texts; of those that are withheld, the empty text."""
-        states, mask = batch["text_states"], batch["text_mask"]
+        mask = batch["text_mask"]
+        states = batch["text_states"] if "text_states" in batch else encode_tokens(encoder, batch["text_ids"], mask)
         if null is not None and dropout:
             withheld = uniform(len(states), generators, states.device) < dropout
             states, mask = withhold(states, mask, withheld, null)
@@ -390,7 +299,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None):
     return compute_loss
 
 
-def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, text):
+def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, text, pretrained):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import LatentAudioDiffusionPipeline, MelPFGMPipeline
     from tonefield.training.publishing import training_facts
@@ -398,9 +307,13 @@ def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, tex
     defaults = parse_args(["--dataset_name=none"])
     card = training_facts("train_unet.py", args, defaults, accelerator)
     card |= {"objective": args.objective, "num_inference_steps": steps}
+    label2id = {name: label for label, name in enumerate(data.class_names)} or None
+    if pretrained is not None:
+        components = pretrained.components | {"unet": unet}
+        named = {"label2id": label2id} if label2id else {}
+        return type(pretrained)(**components, card=card, **named)
     if vae is not None or text[1] is not None:
         return LatentAudioDiffusionPipeline(unet, scheduler, data.mel, vae, *text, card=card)
-    label2id = {name: label for label, name in enumerate(data.class_names)} or None
     return MelPFGMPipeline(unet, scheduler, data.mel, card=card, label2id=label2id)
 
 
@@ -451,49 +364,77 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.data import open_data
     from tonefield.training.latents import encode_on_the_fly, open_vae_of_latents
     from tonefield.training.loop import make_accelerator, train
-    from tonefield.training.publishing import find_repository, publish, settings_of
+    from tonefield.training.lora import add_lora, base_fingerprint, write_lora
+    from tonefield.training.pretrained import check_shape, fit_data, open_pretrained
+    from tonefield.training.publishing import find_repository, publish, publish_folder, settings_of
     from tonefield.training.text import add_texts, open_text_encoder, text_fingerprint
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
-    tokenizer, encoder = open_text_encoder(args)
+    pretrained = open_pretrained(args) if args.from_pretrained is not None else None
+    known = {} if pretrained is None else pretrained.components
+    if pretrained is None:
+        tokenizer, encoder = open_text_encoder(args)
+    else:
+        tokenizer, encoder = known.get("tokenizer"), known.get("text_encoder")
     data = open_data(args, args.caption_column if encoder is not None else None)
+    if pretrained is not None:
+        fit_data(args, data, pretrained)
     vae = coder = texts = None
     if data.vae:
         if data.class_names:
             raise UserError(f"--class_conditional: {args.dataset_name} holds latents, which know texts, not classes.")
-        vae = open_vae_of_latents(args, data)
-    elif args.vae is not None:
-        vae = coder = encode_on_the_fly(args, data).to(accelerator.device)
-    unet = make_unet(args, data, encoder.config.d_model if encoder is not None else None)
-    scheduler = make_scheduler(args, data)
+        vae = open_vae_of_latents(args, data, known.get("vae"))
+    elif args.vae is not None or known.get("vae") is not None:
+        vae = coder = encode_on_the_fly(args, data, known.get("vae"), known.get("mel")).to(accelerator.device)
+    if pretrained is None:
+        unet = make_unet(args, data, encoder.config.d_model if encoder is not None else None)
+        scheduler = make_scheduler(args, data)
+    else:
+        unet, scheduler = pretrained.unet, pretrained.scheduler
+        check_shape(args, data, unet)
+        if args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+    fixed = {"objective": args.objective, "scheduler": settings_of(scheduler), "network": settings_of(unet)}
+    if args.lora_rank is not None:
+        fixed |= {"LoRA rank": args.lora_rank, "network beneath the LoRA": base_fingerprint(unet)}
+        add_lora(args, unet)
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
     if encoder is not None:
-        texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)
+        with accelerator.local_main_process_first():  # the others find in the cache what this one has encoded
+            texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)
+        fixed["text encoder"] = text_fingerprint(tokenizer, encoder)
     steps = args.num_inference_steps
     steps = steps or (18 if args.objective in POISSON else 50 if "prediction" in args.objective else 200)
 
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    parameters, trained = (
+        sum(value.numel() for value in unet.parameters() if value.requires_grad or every) for every in (True, False)
+    )
+    share = "" if trained == parameters else f" ({trained:,} of them trained)"
     told = f"{len(data.class_names)} classes" if data.class_names else "no classes"
-    told = told if texts is None else f"{len(texts.numbers) - 1} different captions"
+    if texts is not None:
+        told = "captions as they come" if args.streaming else f"{len(texts.places) - 1} different captions"
     kind = "latents" if data.vae else "samples"
-    accelerator.print(f"{parameters:,} parameters, {'x'.join(map(str, data.sample_shape))} {kind}, {told}")
-    fixed = {"objective": args.objective, "scheduler": settings_of(scheduler), "network": settings_of(unet)}
-    if encoder is not None:
-        fixed["text encoder"] = text_fingerprint(tokenizer, encoder)
-    loss = make_loss(args, scheduler, data, accelerator, coder, texts)
+    accelerator.print(f"{parameters:,} parameters{share}, {'x'.join(map(str, data.sample_shape))} {kind}, {told}")
+    loss = make_loss(args, scheduler, data, accelerator, coder, texts, encoder)
     generate = make_samples(args, accelerator, scheduler, data, steps, vae, texts)
-    trained = train(args, accelerator, unet, data, loss, generate, fixed)
-    if trained is not None and accelerator.is_main_process:
-        text = (tokenizer, encoder)
-        pipeline = make_pipeline(args, accelerator, trained, scheduler, data, steps, vae, text)
-        pipeline.save_pretrained(folder)
+    result = train(args, accelerator, unet, data, loss, generate, fixed)
+    if result is not None and accelerator.is_main_process:
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
-        print(f"the pipeline is in {folder}")
-        if repository is not None:
-            publish(pipeline, folder, repository)
+        text = (tokenizer, encoder)
+        pipeline = make_pipeline(args, accelerator, result, scheduler, data, steps, vae, text, pretrained)
+        if args.lora_rank is not None:
+            write_lora(args, result, pipeline.config.card, folder, repository)
+            print(f"the LoRA is in {folder}: pipe.load_lora_weights({str(folder)!r})")
+            if repository is not None:
+                publish_folder(folder, repository)
+        else:
+            pipeline.save_pretrained(folder)
+            print(f"the pipeline is in {folder}")
+            if repository is not None:
+                publish(pipeline, folder, repository)
     accelerator.end_training()
 
 

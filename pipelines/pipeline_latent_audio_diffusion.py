@@ -19,10 +19,14 @@ from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from .tonefield_calls import CallMixin
+from .tonefield_latent_inputs import Clip, LatentInputsMixin, Text
+from .tonefield_lora import LoraMixin
 from .tonefield_mel_editing import (
     Generators,
     Mask,
     Source,
+    beside,
     check_vocoder,
     circular_in_time,
     encode_sound,
@@ -32,14 +36,14 @@ from .tonefield_mel_editing import (
     make_sound,
     paste,
     read_mask,
+    rescale_guidance,
 )
 from .tonefield_repository import SelfContainedPipelineMixin
-from .tonefield_text import encode_text
+from .tonefield_text import TokenStates, encode_text, join_text
 from .tonefield_windows import continuations, in_windows, mirrored
 
 
 Sounds = torch.Tensor | np.ndarray
-Text = str | list[str] | None
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -85,37 +89,9 @@ class LatentAudioDiffusionPipelineOutput(BaseOutput):
     sampling_rate: int | None = None
 
 
-@dataclass
-class _Clip:
-    """How long the sound is: samples that are returned, frames of their mel, and frames that are computed."""
-
-    samples: int
-    frames: int
-    computed: int
-
-
-@dataclass
-class _Text:
-    """What the network reads: states (branches, batch, tokens, width), and the mask of the tokens."""
-
-    states: torch.Tensor
-    mask: torch.Tensor
-
-
-def rescale_guidance(guided: torch.Tensor, towards: torch.Tensor, rescale: float) -> torch.Tensor:
-    """Guidance with the spread of the conditional branch (https://huggingface.co/papers/2305.08891, section 3.4)."""
-    dims = list(range(1, guided.ndim))
-    factor = towards.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
-    return (rescale * factor + 1 - rescale) * guided
-
-
-def beside(new: torch.Tensor, ring: bool) -> torch.Tensor:
-    """`new`, of shape (rows, length), and the places next to it."""
-    ends = (new[:, -1:], new[:, :1]) if ring else (torch.zeros_like(new[:, :1]),) * 2
-    return torch.cat([ends[0], new, ends[1]], dim=1).unfold(1, 3, 1).any(-1)
-
-
-class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
+class LatentAudioDiffusionPipeline(
+    LoraMixin, SelfContainedPipelineMixin, CallMixin, LatentInputsMixin, DiffusionPipeline
+):
     r"""
     Generates sound with a network that denoises mel spectrograms, or the latents of an autoencoder for them, and reads
     text or does not. The scheduler may be any of diffusers or of tonefield that suits what the network predicts.
@@ -158,49 +134,9 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         )  # fmt: skip
         self.register_to_config(card=card)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
         check_vocoder(mel, vocoder)
         if unet is not None:
             self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        c, unet, channels = self.mel.config, self.unet.config, 1
-        for name, size in (("n_mels", c.n_mels), ("num_frames", c.num_frames)):
-            if size % self._unit:
-                halvings = self._unit // self.vae_scale_factor
-                raise ValueError(
-                    f"{name} is {size}, but the U-Net shrinks its input {halvings} times"
-                    f"{f' and the VAE {self.vae_scale_factor} times' * (self.vae is not None)}: use a multiple of"
-                    f" {self._unit}."
-                )
-        if self.vae is not None:
-            channels = self.vae.config.latent_channels
-        if unet.in_channels != channels:
-            what = "the mel has" if self.vae is None else "the VAE makes"
-            raise ValueError(f"The U-Net takes {unet.in_channels} channels, but {what} {channels}.")
-        seen = (c.n_mels // self.vae_scale_factor, c.num_frames // self.vae_scale_factor)
-        size = unet.get("sample_size")
-        if size is not None and tuple([size, size] if isinstance(size, int) else size) != seen:
-            raise ValueError(f"The U-Net was made for samples of {size}, but the mel gives {seen}.")
-        if self.text_encoder is not None and self._reads_text:
-            width = self.text_encoder.config.d_model
-            if width != self._text_width:
-                raise ValueError(
-                    f"The U-Net reads text of width {self._text_width}, but the text encoder makes {width}."
-                )
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale not in (0, 1)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     @property
     def card_example(self) -> str:
@@ -257,24 +193,6 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             branches.append((states.to(self._execution_device), tokens.to(self._execution_device, torch.bool)))
         return branches
 
-    @staticmethod
-    def _join_text(
-        branches: list[tuple[torch.Tensor, torch.Tensor]], num_prompts: int, num_waveforms: int
-    ) -> _Text | None:
-        if not branches:
-            return None
-        length = max(states.shape[1] for states, _ in branches)
-
-        def for_each(rows: torch.Tensor) -> torch.Tensor:
-            padding = [0, 0] * (rows.ndim - 2) + [0, length - rows.shape[1]]
-            rows = torch.nn.functional.pad(rows, padding)
-            return rows.expand(num_prompts, *rows.shape[1:]).repeat_interleave(num_waveforms, 0)
-
-        return _Text(
-            torch.stack([for_each(states) for states, _ in branches]),
-            torch.stack([for_each(mask) for _, mask in branches]),
-        )
-
     # ----- sound that comes in
 
     def _audio_tensor(self, audio: Sounds) -> torch.Tensor:
@@ -289,70 +207,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             )
         return audio.reshape(-1, audio.shape[-1])
 
-    @staticmethod
-    def _count(
-        branches: list[tuple[torch.Tensor, torch.Tensor]],
-        source: Source | None,
-        new_frames: torch.Tensor | None,
-        latents: torch.Tensor | None,
-        generator: Generators,
-        num_waveforms: int,
-    ) -> int:
-        """The number of prompts, or of sounds given; whatever is given must be one for all, or one for each."""
-        rows = [("prompt", len(states)) for states, _ in branches]
-        rows += [("audio", len(source.mel))] if source is not None else []
-        rows += [("mask", len(new_frames))] if new_frames is not None else []
-        if latents is not None and num_waveforms == 1:
-            rows.append(("latents", len(latents)))
-        num_prompts = max([1, *(count for _, count in rows)])
-        batch_size = num_prompts * num_waveforms
-        for name, count in rows:
-            if count not in (1, num_prompts):
-                raise ValueError(f"{name} has {count} entries for {num_prompts} prompts: give one, or one for each.")
-        given = [("latents", len(latents))] if latents is not None and len(latents) > 1 else []
-        given += [("generator", len(generator))] if isinstance(generator, list) else []
-        for name, count in given:
-            if count != batch_size:
-                raise ValueError(f"{name} has {count} entries for a batch of {batch_size}: give one for each sound.")
-        return num_prompts
-
-    def _measure(
-        self, audio: torch.Tensor | None, latents: torch.Tensor | None, seconds: float | None, loop: bool
-    ) -> _Clip:
-        c = self.mel.config
-        is_mel = audio is not None and audio.ndim == 4
-        if loop:
-            quantum = self._unit * c.hop_length
-            samples = c.num_frames * c.hop_length
-            if audio is not None:
-                given = audio.shape[-1] * c.hop_length if is_mel else audio.shape[-1]
-                samples = round(given / quantum) * quantum
-                if seconds is not None or samples - given not in (0, c.method == "image"):
-                    raise ValueError(
-                        f"audio has {given} samples: a loop has a multiple of {quantum}, and audio_length_in_s is its"
-                        " own."
-                    )
-            elif seconds is not None:
-                samples = max(1, round(seconds * c.sample_rate / quantum)) * quantum
-            elif latents is not None:
-                samples = latents.shape[-1] * self.vae_scale_factor * c.hop_length
-            return _Clip(samples, samples // c.hop_length, samples // c.hop_length)
-        samples = self.mel.slice_samples
-        if audio is not None:
-            samples = self.mel.samples_for(audio.shape[-1]) if is_mel else audio.shape[-1]
-        elif latents is not None:
-            samples = self.mel.samples_for(latents.shape[-1] * self.vae_scale_factor)
-        if seconds is not None:
-            if audio is not None and round(seconds * c.sample_rate) < samples:
-                raise ValueError(
-                    f"audio_length_in_s is {seconds:g}, but the audio that is to be kept has"
-                    f" {samples / c.sample_rate:g} s: cut it first."
-                )
-            samples = round(seconds * c.sample_rate)
-        frames = -(-(samples + (c.method == "image")) // c.hop_length)
-        return _Clip(samples, frames, max(c.num_frames, -(-frames // self.vae_scale_factor) * self.vae_scale_factor))
-
-    def _read_audio(self, audio: torch.Tensor, clip: _Clip, loop: bool) -> Source:
+    def _read_audio(self, audio: torch.Tensor, clip: Clip, loop: bool) -> Source:
         """The mel of all that is computed. What lies beyond the end continues the sound backwards, without a jump."""
         if audio.ndim == 4:
             return Source(audio[..., mirrored(clip.computed, audio.shape[-1]).to(audio.device)])
@@ -365,7 +220,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         return Source(source.mel, audio[:, : clip.samples], source.reference)
 
     def _read_mask(
-        self, mask: Mask | None, kept: int, clip: _Clip, loop: bool
+        self, mask: Mask | None, kept: int, clip: Clip, loop: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where sound is new: over the frames that are computed, and over samples, `kept` of which are given."""
         beyond = kept < clip.samples and not loop
@@ -382,113 +237,6 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             new_frames = new_frames | (torch.arange(clip.frames) >= first)
             new_samples = new_samples | (torch.arange(clip.samples) >= kept)
         return torch.nn.functional.pad(new_frames, (0, clip.computed - clip.frames), value=True), new_samples
-
-    def check_inputs(
-        self,
-        prompt: Text,
-        negative_prompt: Text,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        audio_length_in_s: float | None,
-        num_inference_steps: int,
-        guidance_rescale: float,
-        num_waveforms_per_prompt: int,
-        audio: Sounds | None,
-        strength: float | None,
-        mask: Mask | None,
-        loop: bool,
-        continuous: bool,
-        eta: float,
-        latents: torch.Tensor | None,
-        output_type: str,
-        window_batch_size: int,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        for name, number in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_waveforms_per_prompt", num_waveforms_per_prompt),
-            ("window_batch_size", window_batch_size),
-        ):
-            if number < 1:
-                raise ValueError(f"{name} is {number}: it must be at least 1.")
-        if audio_length_in_s is not None and not audio_length_in_s > 0:
-            raise ValueError(f"audio_length_in_s is {audio_length_in_s}: it must be positive.")
-        self._check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_rescale)
-        if strength is not None and not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}: it must lie between 0 (the audio itself) and 1 (new sound).")
-        if audio is None and (strength is not None or mask is not None):
-            raise ValueError(f"{'mask' if strength is None else 'strength'} needs the audio that it speaks of.")
-        if audio is not None and strength is None and mask is None and audio_length_in_s is None:
-            raise ValueError(
-                "audio is given, but not what to do with it: add strength, mask, or an audio_length_in_s beyond it."
-            )
-        if audio is not None and not (hasattr(self.scheduler, "add_noise") or hasattr(self.scheduler, "scale_noise")):
-            raise ValueError(f"{type(self.scheduler).__name__} cannot add noise to the audio: use a DDIMScheduler.")
-        if continuous and (loop or latents is not None):
-            raise ValueError(f"continuous goes from begin to end: leave out {'loop' if loop else 'latents'}.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}: it must lie between 0 (DDIM) and 1 (as much noise as in DDPM).")
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta: use a DDIMScheduler.")
-        if output_type not in ("np", "pt", "mel", "pil", "latent"):
-            raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel, pil or latent.")
-        check_vocoder(self.mel, self.vocoder)  # which may have been set since
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs holds {unknown.pop()!r}: it is one of"
-                f" {', '.join(self._callback_tensor_inputs)}."
-            )
-        self._check_clipping()
-
-    def _check_text(
-        self,
-        prompt: Text,
-        negative_prompt: Text,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        guidance_rescale: float = 0.0,
-    ) -> None:
-        has_text = prompt is not None or prompt_embeds is not None
-        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        if (has_text or has_negative) and not self._reads_text:
-            raise ValueError("There is a prompt, but the network reads no text: leave it out.")
-        for words, embeds, name in (
-            (prompt, prompt_embeds, "prompt"), (negative_prompt, negative_prompt_embeds, "negative_prompt"),
-        ):  # fmt: skip
-            if words is not None and embeds is not None:
-                raise ValueError(f"{name} and {name}_embeds are both given: leave out one of them.")
-            if isinstance(words, (list, tuple)) and not words:
-                raise ValueError(f"{name} is an empty list: give at least one text, or leave it out.")
-        for words in [prompt] if isinstance(prompt, str) else prompt or []:
-            if not isinstance(words, str):
-                raise ValueError(f"prompt holds {words!r}: give a text, or a list of texts.")
-            if not words.strip():
-                raise ValueError("A prompt is empty: leave prompt out for sounds without one.")
-        if self._guidance_scale != 1 and not has_text:
-            raise ValueError(f"guidance_scale is {self._guidance_scale}, but there is no prompt to guide towards.")
-        if has_negative and not has_text:
-            raise ValueError("There is a negative prompt, but no prompt to guide towards: add one.")
-        if self._guidance_scale == 1 and has_negative:
-            raise ValueError("There is a negative prompt, but guidance_scale is 1, which does not look at it.")
-        if not 0 <= guidance_rescale <= 1 or (guidance_rescale and not self.do_classifier_free_guidance):
-            raise ValueError(
-                f"guidance_rescale is {guidance_rescale}: it lies between 0 and 1, and needs a guidance_scale."
-            )
-
-    def _check_clipping(self) -> None:
-        """Schedulers that clip what the network denoises make something else of what lies beyond their range."""
-        config, known = self.scheduler.config, inspect.signature(type(self.scheduler).__init__).parameters
-        clips = [name for name in ("clip_sample", "thresholding") if name in known and config.get(name)]
-        reach = max(abs(self.mel.standardize(-1.0)), abs(self.mel.standardize(1.0)))
-        if self.vae is None and ("clip_sample" not in clips or reach <= config.get("clip_sample_range", 1.0)):
-            return
-        if clips:
-            what = "latents know no range" if self.vae is not None else f"the mels reach {reach:.3g}"
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has {clips[0]}=True, but {what}: use"
-                f" pipe.scheduler.from_config(pipe.scheduler.config, {clips[0]}=False)."
-            )
 
     # ----- the autoencoder
 
@@ -528,7 +276,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         scheduler: SchedulerMixin,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        text: _Text | None,
+        text: TokenStates | None,
         loop: bool,
         rows: int,
         rescale: float = 0.0,
@@ -609,7 +357,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
     def _output(
         self,
         mels: torch.Tensor,
-        clip: _Clip,
+        clip: Clip,
         generator: Generators,
         output_type: str,
         loop: bool,
@@ -735,6 +483,7 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             null = self.text_encoder is not None or negative_prompt_embeds is not None
             guidance_scale = 3.0 if null and (prompt is not None or prompt_embeds is not None) else 1.0
         self._guidance_scale = guidance_scale
+        check_vocoder(self.mel, self.vocoder)  # which may have been set since
         self.check_inputs(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, audio_length_in_s, num_inference_steps,
             guidance_rescale, num_waveforms_per_prompt, audio, strength, mask, loop, continuous, eta, latents,
@@ -758,9 +507,9 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
             prompt, negative_prompt,
             (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask),
         )  # fmt: skip
-        num_prompts = self._count(branches, source, new_frames, latents, generator, num_waveforms_per_prompt)
+        num_prompts = self._count(branches, audio, new_frames, latents, generator, num_waveforms_per_prompt)
         batch_size = num_prompts * num_waveforms_per_prompt
-        text = self._join_text(branches, num_prompts, num_waveforms_per_prompt)
+        text = join_text(branches, num_prompts, num_waveforms_per_prompt)
 
         def for_each(rows: torch.Tensor | None) -> torch.Tensor | None:
             if rows is None:
@@ -888,8 +637,8 @@ class LatentAudioDiffusionPipeline(SelfContainedPipelineMixin, DiffusionPipeline
         clip = self._measure(audio, None, None, False)
         latents = self._encode(self._read_audio(audio, clip, False).mel, False, rows)
         branches = self._read_text(prompt, negative_prompt, (prompt_embeds, prompt_attention_mask, None, None))
-        num_prompts = self._count(branches, Source(latents), None, None, None, 1)
-        text = self._join_text(branches, num_prompts, 1)
+        num_prompts = self._count(branches, latents, None, None, None, 1)
+        text = join_text(branches, num_prompts, 1)
         latents = latents.expand(num_prompts, -1, -1, -1)
         if hasattr(self.scheduler, "integrate"):
             scheduler = self.scheduler

@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
+from .tonefield_calls import CallMixin
 from .tonefield_classes import Labels, order_names, read_labels
 from .tonefield_mel_editing import (
     Mask,
@@ -94,7 +95,7 @@ class MelPFGMLikelihoodOutput(BaseOutput):
     bits_per_dimension: torch.Tensor
 
 
-class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
+class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
     r"""
     Generates sound with a network that denoises mel spectrograms: PFGM, PFGM++, EDM diffusion or a score SDE, as the
     scheduler says. Without a mel it generates pictures.
@@ -136,20 +137,6 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         label2id = order_names(label2id, self.num_classes)
         self.register_to_config(card=card, label2id=label2id)
         check_vocoder(mel, vocoder)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale not in (0, 1)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     @property
     def num_classes(self) -> int:
@@ -230,29 +217,16 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1.")
+        self._check_counts(batch_size=batch_size, num_inference_steps=num_inference_steps)
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"guidance_scale is {guidance_scale}, but there are no class_labels to guide towards.")
-        if strength is not None and not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}: it must lie between 0 (the audio itself) and 1 (new sound).")
-        if audio is None and (strength is not None or mask is not None):
-            raise ValueError(f"{'mask' if strength is None else 'strength'} needs the audio that it speaks of.")
+        self._check_strength(audio, strength, mask)
         if audio is not None and strength is None and mask is None:
             raise ValueError("audio is given, but not what to do with it: add strength (0 to 1), or mask.")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}: it must be positive; 1 leaves the noise as it is.")
-        if output_type not in ("np", "pt", "mel", "pil"):
-            raise ValueError(f"output_type is {output_type!r}: it must be np, pt, mel or pil.")
         check_vocoder(self.mel, self.vocoder)  # which may have been set since
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs holds {unknown.pop()!r}: it is one of"
-                f" {', '.join(self._callback_tensor_inputs)}."
-            )
+        self._check_outputs(output_type, ("np", "pt", "mel", "pil"), callback_on_step_end_tensor_inputs)
 
     # ----- the network
 

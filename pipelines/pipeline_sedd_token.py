@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .tonefield_calls import CallMixin
 from .tonefield_classes import Labels, order_names, read_labels
 from .tonefield_mel_editing import Mask, around_ring, decode_ring, is_spans, paste, read_frames, samples_of_spans
 from .tonefield_repository import SelfContainedPipelineMixin
@@ -114,7 +115,7 @@ def generators_of_runs(generator: Generators, count: int) -> list[Generators]:
     ]
 
 
-class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
+class SEDDTokenPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
     r"""
     Generates sound as the tokens of an audio codec, all of them masks (or noise) in the beginning.
 
@@ -164,8 +165,6 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         label2id = order_names(label2id, self.num_classes)
         self.register_to_config(card=card, label2id=label2id)
         self._check_components()
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
 
     def _check_components(self) -> None:
         network, law, codec = self.transformer.config, self.scheduler.config, self._codec
@@ -196,18 +195,6 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         c = self.transformer.config
         size = c.vocab_size // c.num_codebooks if self.in_sequence else c.vocab_size
         return self.audio_tokenizer or _NoCodec(c.num_codebooks, size)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale not in (0, 1)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
 
     @property
     def num_classes(self) -> int:
@@ -388,10 +375,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1.")
+        self._check_counts(batch_size=batch_size, num_inference_steps=num_inference_steps)
         if (prompt is not None or negative_prompt is not None) and self.text_encoder is None:
             raise ValueError(f"prompt is {prompt or negative_prompt!r}, but the pipeline reads no text: leave it out.")
         if guidance_scale != 1 and class_labels is None and prompt is None:
@@ -416,14 +400,7 @@ class SEDDTokenPipeline(SelfContainedPipelineMixin, DiffusionPipeline):
                         f"{name} needs tokens that stay as they are, which the uniform graph does not have: use a"
                         " model of the absorbing graph."
                     )
-        if output_type not in ("np", "pt", "tokens"):
-            raise ValueError(f"output_type is {output_type!r}: it must be np, pt or tokens.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs holds {unknown.pop()!r}: it is one of"
-                f" {', '.join(self._callback_tensor_inputs)}."
-            )
+        self._check_outputs(output_type, ("np", "pt", "tokens"), callback_on_step_end_tensor_inputs)
 
     # ----- conditions of the network
 

@@ -79,6 +79,12 @@ def distance_to(new: torch.Tensor, ring: bool = False) -> torch.Tensor:
     return torch.minimum(before, after)
 
 
+def beside(new: torch.Tensor, ring: bool) -> torch.Tensor:
+    """`new`, of shape (rows, length), and the places next to it."""
+    ends = (new[:, -1:], new[:, :1]) if ring else (torch.zeros_like(new[:, :1]),) * 2
+    return torch.cat([ends[0], new, ends[1]], dim=1).unfold(1, 3, 1).any(-1)
+
+
 def crossfade(
     into: torch.Tensor, out_of: torch.Tensor, progress: torch.Tensor, same_phases: bool = False
 ) -> torch.Tensor:
@@ -301,6 +307,13 @@ def guided_field(sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tens
     field = -((field.shape[1] - 1) ** 0.5) * field / (field.norm(dim=1, keepdim=True) + config.gamma)
     last = field[:, -1].reshape(-1, 1, 1, 1).expand(-1, 1, *sample.shape[2:])
     return torch.cat([field[:, :-1].reshape(sample.shape), last], dim=1)
+
+
+def rescale_guidance(guided: torch.Tensor, towards: torch.Tensor, rescale: float) -> torch.Tensor:
+    """Guidance with the spread of the conditional branch (https://huggingface.co/papers/2305.08891, section 3.4)."""
+    dims = list(range(1, guided.ndim))
+    factor = towards.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return (rescale * factor + 1 - rescale) * guided
 
 
 def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,8 @@
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,9 @@ import soundfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "HF_DATASETS_CACHE" not in os.environ:  # what scripts keep from one start to the next is not to outlast the tests
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tonefield-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 sys.path.append(str(Path(__file__).parent))  # for what stands beside the tests
 
 

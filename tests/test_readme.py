@@ -14,16 +14,20 @@ from tonefield.data.synthetic import synthesize
 
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)
+PARTS = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+# Language, code, and the number of the section: what is typed into Python goes on with what was typed there before.
+BLOCKS = [
+    (language, code, section)
+    for section, text in enumerate(PARTS)
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the recordings that the README speaks of."""
     folder = tmp_path_factory.mktemp("readme")
-    metadata = next(code for language, code in BLOCKS if language == "csv")
+    metadata = next(code for language, code, _ in BLOCKS if language == "csv")
     for index, line in enumerate(metadata.splitlines()[1:]):
         file = folder / "my_sounds" / line.split(",")[0]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -33,15 +37,21 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("index", [i for i, (language, _) in enumerate(BLOCKS) if language in ("python", "bash")])
-def test_block(index, folder):
-    language, code = BLOCKS[index]
-    lines = [line.split("#")[0].strip() for line in code.splitlines()]
+@pytest.fixture(scope="module")
+def typed():
+    """What is known in Python, for each section."""
+    return {section: {} for _, _, section in BLOCKS}
+
+
+@pytest.mark.parametrize("index", [i for i, (kind, *_) in enumerate(BLOCKS) if kind in ("python", "bash")])
+def test_block(index, folder, typed, monkeypatch):
+    language, code, section = BLOCKS[index]
     if language == "python":
-        commands = [[sys.executable, "-c", code]]
-    else:
-        commands = [shlex.split(line) for line in lines if line]
-    for command in commands:
+        monkeypatch.chdir(folder)
+        exec(compile(code, f"README.md, section {section}", "exec"), typed[section])
+        return
+    lines = [line.split("#")[0].strip() for line in code.splitlines()]
+    for command in [shlex.split(line) for line in lines if line]:
         if command[0] == "make":
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
             continue

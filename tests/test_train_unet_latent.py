@@ -15,16 +15,25 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from small_t5 import small_text_encoder, small_tokenizer
 from training_runs import RECIPE, ROOT, differences, make_dataset, make_sounds, reset_accelerate, train
+from transformers import T5EncoderModel
 
 import tonefield
 from tonefield import LatentAudioDiffusionPipeline, train_unet, train_vae
 from tonefield.command_line import UserError
 from tonefield.models import MelSpectrogram
 from tonefield.pipelines import encode_text
-from tonefield.training.data import open_data
+from tonefield.training.data import Shares, open_data
 from tonefield.training.latents import draw_latents, encode_on_the_fly
 from tonefield.training.randomness import make_generators, uniform
-from tonefield.training.text import Texts, add_texts, captions_of, encode_texts, open_text_encoder, some_captions
+from tonefield.training.text import (
+    ReadTokens,
+    Texts,
+    add_texts,
+    captions_of,
+    encode_texts,
+    open_text_encoder,
+    some_captions,
+)
 
 
 CAPTIONS = ["a low tone", "a high tone", "a very high tone"]
@@ -211,13 +220,25 @@ def test_the_front_end_of_the_autoencoder_counts(mels, vae, tmp_path):
 # ----- what it is told
 
 
-def test_each_caption_is_encoded_once_as_the_pipeline_does(mels, words):
+def listen_to(encoder):
+    """The tokens of the texts that an encoder is given from now on."""
+    seen = []
+    encoder.register_forward_hook(lambda _, args, output: seen.extend(args[0].tolist()))
+    return seen
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "tonefield-captions"
+
+
+def test_each_caption_is_encoded_once_as_the_pipeline_does(mels, words, cache):
     args = parsed(mels, f"--text_encoder={words}")
     data = open_data(args, args.caption_column)
     assert not data.class_names
     tokenizer, encoder = open_text_encoder(args)
-    seen = []
-    encoder.register_forward_hook(lambda _, args, output: seen.extend(args[0].tolist()))
+    seen = listen_to(encoder)
     texts = add_texts(args, data, tokenizer, encoder, "cpu", False)
     batch = data.train.get(list(range(40)))
     assert len(seen) == 4  # three captions and none, whatever is read
@@ -230,6 +251,90 @@ def test_each_caption_is_encoded_once_as_the_pipeline_does(mels, words):
     assert alone["text_mask"].all()
     assert set(some_captions(data, "caption", 5)) == set(CAPTIONS)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_texts_are_encoded_once_for_all_runs(words, cache):
+    """In files of Arrow; what is read from there is what was encoded, bit for bit."""
+    args = parsed("x", f"--text_encoder={words}")
+
+    def encoded(texts, change=None):
+        tokenizer, encoder = open_text_encoder(args)
+        if change:
+            change(tokenizer, encoder)
+        seen = listen_to(encoder)
+        made = encode_texts(tokenizer, encoder, texts, "cpu", False)
+        assert made.places.keys() == {"", *texts}
+        return len(seen), made(["", *texts])
+
+    tokenizer, encoder = open_text_encoder(args)
+    states, mask = encode_text(tokenizer, encoder, ["", *CAPTIONS])  # in memory, all at once
+    first, again = encoded(CAPTIONS * 2), encoded(CAPTIONS * 2)
+    assert (first[0], again[0]) == (4, 0)
+    for made in (first[1], again[1]):
+        assert torch.equal(made["text_states"], torch.cat([states, states[1:]]))
+        assert torch.equal(made["text_mask"], torch.cat([mask, mask[1:]]))
+    count, more = encoded(["a drum", CAPTIONS[1], "a drum"])
+    assert count == 1  # only the new text; from two files
+    torch.testing.assert_close(
+        more["text_states"], encode_text(tokenizer, encoder, ["", "a drum", CAPTIONS[1], "a drum"])[0]
+    )
+    assert torch.equal(more["text_states"][2, : mask[2].sum()], states[2][mask[2]])
+    folders = list(cache.iterdir())
+    assert len(folders) == 1 and len(list(folders[0].glob("*.arrow"))) == 2 and not list(folders[0].glob(".*"))
+
+    def other_weights(tokenizer, encoder):
+        encoder.shared.weight.data[5] += 1
+
+    def other_words(tokenizer, encoder):
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary["model"]["vocab"][4:6] = vocabulary["model"]["vocab"][5:3:-1]
+        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(vocabulary))
+
+    for change in (other_weights, other_words):
+        assert [encoded(CAPTIONS, change)[0] for _ in range(2)] == [4, 0]
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_second_run_encodes_nothing(mels, words, cache, tmp_path, monkeypatch):
+    flags = (f"--text_encoder={words}", "--max_train_steps=1", "--num_validation_samples=0")
+    first = train(tmp_path / "first", mels, *flags)
+    monkeypatch.setattr(T5EncoderModel, "forward", lambda *_, **__: pytest.fail("it encodes again"))
+    second = train(tmp_path / "second", mels, *flags)
+    assert differences(first / "checkpoint-1", second / "checkpoint-1") == []
+
+
+def test_a_stream_is_told_the_same(mels, words, tmp_path):
+    """Texts that are encoded with each batch; the loss is that of the rows in memory."""
+    flags = (f"--text_encoder={words}", "--validation_steps=1", "--prompt_dropout=0.4")
+    stream_args, data, _, encoder, texts = opened(mels, words, *flags, "--streaming", "--shuffle_buffer=8")
+    assert texts.places.keys() == {"", *map(str, data.validation["caption"])}  # those that come are not known
+    args, known, *_, known_texts = opened(mels, words, *flags)
+    reset_accelerate()
+    accelerator = Accelerator()
+    unet, scheduler = train_unet.make_unet(args, known, 16), train_unet.make_scheduler(args, known)
+    of_stream = train_unet.make_loss(stream_args, scheduler, data, accelerator, texts=texts, encoder=encoder)
+    of_rows = train_unet.make_loss(args, scheduler, known, accelerator, texts=known_texts)
+    rows = known.train.rows.with_format("torch")
+    for batch in itertools.islice(data.train.batches(Shares(6), 0), 4):
+        positions = batch["positions"]
+        where = [int((known.mel.standardize(rows["mel"][:]) - clean).abs().amax((1, 2, 3)).argmin())
+                 for clean in batch["clean"]]  # fmt: skip
+        same = known.train.read(known.train.rows[where], positions)
+        assert torch.equal(same["clean"], batch["clean"]) and "text_states" not in batch
+        unet.train()
+        losses = []
+        for loss, seen in ((of_stream, batch), (of_rows, same)):
+            torch.manual_seed(0)
+            losses.append(loss(unet, seen, make_generators(0, "noise", positions)))
+        torch.testing.assert_close(losses[0], losses[1])
+    folder = train(
+        tmp_path, mels, *flags, "--streaming", "--max_train_steps=2", "--num_validation_samples=2",
+        "--dataloader_num_workers=1",
+    )  # fmt: skip
+    assert len(list((folder / "samples").glob("*.wav"))) == 4
+    read = ReadTokens(data.read, "caption", small_tokenizer(CAPTIONS, max_length=3))
+    with pytest.raises(UserError, match="a row of the stream has no text in 'caption'"):
+        read({"mel": rows["mel"][:1], "caption": [" "]}, [0])
 
 
 def test_withheld_texts_are_the_empty_one(latents, words):
@@ -310,7 +415,6 @@ def test_bad_flags(capsys):
         ("--vae=x", "--image_column=image"): "--vae belongs to mels",
         ("--text_encoder=x", "--class_conditional"): "--class_conditional does not go with --text_encoder",
         ("--text_encoder=x", "--objective=field"): "--objective field knows classes",
-        ("--text_encoder=x", "--streaming"): "which --streaming does not know",
         ("--vae=x", "--objective=stable_target", "--field_batch_size=64"): "wants latents without --vae",
         ("--prompt_dropout=1",): "--prompt_dropout lies between 0 and 1",
     }.items():
@@ -357,9 +461,25 @@ def test_long_captions_are_told_of_once(words, caplog):
     tokenizer = small_tokenizer(CAPTIONS, max_length=5)
     encoder = small_text_encoder(tokenizer)
     texts = encode_texts(tokenizer, encoder, ["l", *(f"a low tone {'very ' * n}end" for n in range(9, 99))], "cpu")
-    assert isinstance(texts, Texts) and int((texts.starts[1:] - texts.starts[:-1]).max()) == 5
+    assert isinstance(texts, Texts) and max(count for _, _, count in texts.places.values()) == 5
     assert len(caplog.records) == 1
     assert "90 of 91 different captions are longer than the 5 tokens" in caplog.text
+
+
+def test_a_text_encoder_of_ones_own(tmp_path):
+    """Different captions get different states, for equal seeds the same ones."""
+    from tonefield.training.text import make_text_encoder
+
+    made = []
+    for name in ("first", "second"):
+        make_text_encoder([*CAPTIONS, "", None], tmp_path / name, seed=3)
+        tokenizer, encoder = open_text_encoder(parsed("x", f"--text_encoder={tmp_path / name}"))
+        made.append(encode_text(tokenizer, encoder, CAPTIONS)[0])
+        assert tokenizer.unk_token_id not in tokenizer(CAPTIONS).input_ids[0]
+    assert torch.equal(*made)
+    assert min((a - b).abs().max() for a, b in itertools.combinations(made[0], 2)) > 0.1
+    with pytest.raises(ValueError, match="no captions"):
+        make_text_encoder([" "], tmp_path / "none")
 
 
 # ----- what is learned

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file
 
 from tonefield.command_line import UserError
+from tonefield.training.lora import has_adapter, restore_lora, save_lora
 
 
 logger = get_logger(__name__)
@@ -33,11 +34,12 @@ class DamagedCheckpoint(Exception):
 class Checkpoints:
     """
     Saves and restores a run: networks, optimizer, learning rate, loss scaler, random state of every process, position.
+    Of a network with an adapter (LoRA) the adapter alone.
 
     Args:
         accelerator: What prepared the network, the optimizer and the schedule.
         folder: Where the checkpoints lie.
-        networks: What is saved with `save_pretrained`, by the name of its subfolder. They are restored in place.
+        networks: What is saved, by the name of its subfolder. They are restored in place.
         limit: How many to keep; `None` keeps all.
     """
 
@@ -50,12 +52,18 @@ class Checkpoints:
         weights.clear()  # accelerate has nothing left to save under names of its own
         if self.accelerator.is_main_process:
             for name, network in self.networks.items():
-                network.save_pretrained(Path(folder, name), max_shard_size="1TB")
+                if has_adapter(network):
+                    save_lora(network, Path(folder, name))
+                else:
+                    network.save_pretrained(Path(folder, name), max_shard_size="1TB")
 
     def _load_networks(self, models: list, folder: str) -> None:
         models.clear()
         for name, network in self.networks.items():
-            network.load_state_dict(load_file(Path(folder, name, WEIGHTS)))
+            if has_adapter(network):
+                restore_lora(network, Path(folder, name))
+            else:
+                network.load_state_dict(load_file(Path(folder, name, WEIGHTS)))
 
     def save(self, step: int, state: dict) -> Path:
         """Every process calls this; when it returns, `checkpoint-<step>` is complete, and old ones are gone."""

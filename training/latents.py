@@ -163,20 +163,23 @@ def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
     return vae.requires_grad_(False).eval(), mel
 
 
-def open_vae_of_latents(args, data: TrainingData) -> AutoencoderKL:
-    """The autoencoder that lies within a dataset of latents, here or on the Hub, or that --vae names: the one that
-    made them, or it is refused."""
+def open_vae_of_latents(args, data: TrainingData, vae: AutoencoderKL | None = None) -> AutoencoderKL:
+    """The autoencoder that lies within a dataset of latents, here or on the Hub, or that --vae names, or that of the
+    pipeline that is trained on: the one that made the latents, or it is refused."""
     name, wanted = args.vae or args.dataset_name, data.vae["fingerprint"]
-    try:
-        if args.vae is None and not Path(name).exists():
-            name = snapshot_download(name, repo_type="dataset", allow_patterns=["vae/*", "mel/*"])
-        vae, _ = open_vae(name)
-    except (UserError, OSError, ValueError) as error:
-        if args.vae is not None:
-            raise
-        raise UserError(
-            f"{args.dataset_name} comes without its autoencoder, name it with --vae: {first_line(error)}"
-        ) from None
+    if vae is not None:
+        name = args.from_pretrained
+    else:
+        try:
+            if args.vae is None and not Path(name).exists():
+                name = snapshot_download(name, repo_type="dataset", allow_patterns=["vae/*", "mel/*"])
+            vae, _ = open_vae(name)
+        except (UserError, OSError, ValueError) as error:
+            if args.vae is not None:
+                raise
+            raise UserError(
+                f"{args.dataset_name} comes without its autoencoder, name it with --vae: {first_line(error)}"
+            ) from None
     if fingerprint(vae) != wanted:
         raise UserError(
             f"The autoencoder in {name} is {fingerprint(vae)}, the latents of {args.dataset_name} were made by"
@@ -185,30 +188,44 @@ def open_vae_of_latents(args, data: TrainingData) -> AutoencoderKL:
     return vae
 
 
-def encode_on_the_fly(args, data: TrainingData) -> AutoencoderKL:
-    """Has a dataset of mels be trained on as the latents of --vae: `draw_latents` then makes them."""
-    vae, front_end = open_vae(args.vae)
+def adopt_front_end(args, data: TrainingData, front_end: MelSpectrogram, origin: str) -> None:
+    """Has mels be read with the mean and the spread that a trained network knows; refuses other mels."""
     mel = data.mel
     assert mel is not None
+    if front_end.fingerprint() != mel.fingerprint():
+        ours, theirs = settings_of(mel), settings_of(front_end)
+        different = [n for n in ours if n not in ("mean", "std", "num_frames") and ours[n] != theirs.get(n)]
+        raise UserError(
+            f"{origin} was trained on other mels than those of {args.dataset_name}: "
+            + ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in different)
+            + ". Train an autoencoder on these (train_vae.py)." * (origin == f"--vae {args.vae}")
+        )
+    scale = {name: front_end.config[name] for name in ("mean", "std")}
+    data.mel = MelSpectrogram(**settings_of(mel) | scale)
+    if isinstance(data.read, ReadMels):
+        data.read = data.train.read = ReadMels(data.mel, data.read.class_column)
+
+
+def encode_on_the_fly(
+    args, data: TrainingData, vae: AutoencoderKL | None = None, front_end: MelSpectrogram | None = None
+) -> AutoencoderKL:
+    """Has a dataset of mels be trained on as the latents of --vae, or of the pipeline that is trained on:
+    `draw_latents` then makes them."""
+    origin = f"--from_pretrained {args.from_pretrained}"
+    if vae is None:
+        origin = f"--vae {args.vae}"
+        vae, front_end = open_vae(args.vae)
     if front_end is not None:
-        if front_end.fingerprint() != mel.fingerprint():
-            ours, theirs = settings_of(mel), settings_of(front_end)
-            different = [n for n in ours if n not in ("mean", "std", "num_frames") and ours[n] != theirs.get(n)]
-            raise UserError(
-                f"--vae {args.vae} was trained on other mels than those of {args.dataset_name}: "
-                + ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in different)
-                + ". Train an autoencoder on these (train_vae.py)."
-            )
-        # It has seen mels of the mean 0 and the spread of its own dataset.
-        scale = {name: front_end.config[name] for name in ("mean", "std")}
-        data.mel = mel = MelSpectrogram(**settings_of(mel) | scale)
+        adopt_front_end(args, data, front_end, origin)
+    mel = data.mel
+    assert mel is not None
     if vae.config.in_channels != 1:
-        raise UserError(f"--vae {args.vae} encodes {vae.config.in_channels} channels, a mel has one.")
+        raise UserError(f"{origin} encodes {vae.config.in_channels} channels, a mel has one.")
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = data.sample_shape[1:]
     if height % factor or width % factor:
         raise UserError(
-            f"--vae {args.vae} halves mels {factor.bit_length() - 1} times, which {height} x {width} (bands x frames)"
+            f"{origin} halves mels {factor.bit_length() - 1} times, which {height} x {width} (bands x frames)"
             f" does not allow: make a dataset of multiples of {factor} (audio_to_images.py --resolution)."
         )
     data.sample_shape, data.sigma_data = latent_shape(vae, mel), 1.0

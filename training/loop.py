@@ -93,20 +93,24 @@ class Opponent:
 
 class Average:
     """
-    The moving average of a network's weights, kept in a second network that is at all times ready to be used.
+    The moving average of a network's weights, kept in a second network that is at all times ready to be used. Weights
+    that are not trained (those beside a LoRA) are there once, for both.
 
     diffusers' `EMAModel` does the arithmetic. Its own way to use an average is to overwrite the live weights for a
     while; here they are never touched.
     """
 
     def __init__(self, model: torch.nn.Module, args):
-        self.network = copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = {id(value): value for value in model.parameters() if not value.requires_grad}
+        self.network = copy.deepcopy(model, memo=dict(frozen)).eval()
+        averages = [value for value in self.network.parameters() if value.requires_grad]
+        self.network.requires_grad_(False)
         self.ema = EMAModel(
-            self.network.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma,
+            averages, decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=args.ema_inv_gamma,
             power=args.ema_power, foreach=True,
         )  # fmt: skip
-        self.ema.shadow_params = list(self.network.parameters())
-        self.live = list(model.parameters())
+        self.ema.shadow_params = averages
+        self.live = [value for value in model.parameters() if value.requires_grad]
 
     def step(self) -> None:
         self.ema.step(self.live)
@@ -253,7 +257,7 @@ def train(
     model.to(device)
     average = Average(model, args) if args.use_ema else None
     networks = {name: model} | ({f"{name}_ema": average.network} if average else {})
-    groups: list[dict] = [{"params": list(model.parameters())}]
+    groups: list[dict] = [{"params": [value for value in model.parameters() if value.requires_grad]}]
     if opponent:
         networks[opponent.name] = opponent.network.to(device)
         groups.append({"params": list(opponent.network.parameters())} | opponent.settings)
