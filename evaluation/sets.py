@@ -1,0 +1,352 @@
+"""Sets of recordings: what is in them, what cannot be used, and their embeddings, kept for the next time."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm.auto import tqdm
+
+from tonefield.command_line import UserError
+from tonefield.data.audio_files import AudioError, read_audio
+from tonefield.evaluation.statistics import GaussianStats
+
+
+if TYPE_CHECKING:
+    from tonefield.evaluation.embeddings import Embedding
+
+T, R = TypeVar("T"), TypeVar("R")
+
+SILENCE_DB = -60.0  # of full scale: a recording that peaks below is called silent
+RESAMPLER = "soxr HQ"
+FORMAT = 1  # of the cache; what an earlier number has written is computed anew
+CHUNK = (256, 2**25)  # recordings and samples that are in memory at a time, at most
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tonefield" / "evaluation"
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
+    """`map` by several threads, in order, a few items ahead of what is asked for."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One file of a set. `digest` is the hash of its contents; audio in memory comes with its sampling rate."""
+
+    name: str
+    source: Any
+    digest: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    sampling_rate: int | None = None
+    peak: float = 0.0
+
+
+class EmbeddedSet:
+    """
+    The embeddings of a set: rows (n, d) of float32, a memory map as a rule, in the order of the files.
+
+    Args:
+        counts: How many rows each file has.
+    """
+
+    def __init__(self, rows: np.ndarray, counts: np.ndarray, stats: GaussianStats | None = None):
+        self.rows, self.counts = rows, counts
+        if stats is not None:
+            self.stats = stats
+        self.memo: dict[str, Any] = {}  # for what a metric computes of a set once and wants again
+
+    @cached_property
+    def stats(self) -> GaussianStats:
+        return GaussianStats.of(self.rows)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first row of each file, and the number of all rows."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    @property
+    def clips(self) -> np.ndarray:
+        """The index of the file that each row comes from."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def __len__(self) -> int:
+        """The number of files."""
+        return len(self.counts)
+
+    def of_clip(self, index: int) -> np.ndarray:
+        return self.rows[self.starts[index] : self.starts[index + 1]]
+
+    def subset(self, indices: Sequence[int]) -> "EmbeddedSet":
+        """The embeddings of some of the files, in the order of `indices`, which may repeat one."""
+        indices = np.asarray(indices)
+        counts = self.counts[indices]
+        before = np.repeat(self.starts[indices] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        return EmbeddedSet(self.rows[before + np.arange(counts.sum())], counts)
+
+
+class SampleSet:
+    """
+    Files that are judged together, in the order of their names.
+
+    A subclass says how a file is read for an embedding (`load`).
+
+    Args:
+        name: What reports call the set.
+        samples: The files that can be used.
+        rejects: (name, reason) of those that cannot.
+        num_workers: Threads that read.
+        cache_dir: Where embeddings are kept; `None`: in a folder that goes with the process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: list[Sample],
+        rejects: Sequence[tuple[str, str]] = (),
+        num_workers: int = 2,
+        cache_dir: str | Path | None = None,
+    ):
+        self.name, self.samples, self.rejects = name, samples, list(rejects)
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.parent: SampleSet | None = None
+        self.indices: Sequence[int] = ()
+        self._embedded: dict[str, EmbeddedSet] = {}
+
+    def load(self, sample: Sample, embedding: "Embedding") -> np.ndarray:
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the set."""
+        return {
+            "name": self.name,
+            "files": len(self),
+            "fingerprint": self.fingerprint,
+            "rejects": [{"file": file, "reason": reason} for file, reason in self.rejects],
+        }
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells sets apart: equal when the contents of all files are."""
+        return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()[:16]
+
+    def subset(self, indices: Sequence[int]) -> "SampleSet":
+        """Some of the files. Their embeddings are those of the whole set, computed once."""
+        part = object.__new__(type(self))
+        part.__dict__.update({k: v for k, v in vars(self).items() if k != "fingerprint"})
+        part.samples = [self.samples[index] for index in indices]
+        part.parent, part.indices = self, indices
+        return part
+
+    def embed(self, embedding: "Embedding", batch_size: int = 32) -> EmbeddedSet:
+        """The embeddings of all files: from memory, from the cache, or computed in batches."""
+        if self.parent is not None:
+            return self.parent.embed(embedding, batch_size).subset(self.indices)
+        what = [FORMAT, self.fingerprint, embedding.fingerprint(), embedding.sampling_rate, embedding.windowing]
+        key = hashlib.sha256(json.dumps([*what, RESAMPLER]).encode()).hexdigest()[:32]
+        if key not in self._embedded:
+            if self.cache_dir is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="tonefield-")
+                folder = Path(self._scratch.name, key)
+            else:
+                folder = Path(self.cache_dir, key)
+            if not (folder / "stats.npz").is_file():
+                self._compute(embedding, batch_size, folder, what)
+            self._embedded[key] = read_embedded(folder)
+        return self._embedded[key]
+
+    def _compute(self, embedding: "Embedding", batch_size: int, folder: Path, what: list) -> None:
+        """Writes rows as they come, so that memory does not grow with the set; the folder is complete or not there."""
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(f"--cache_dir {folder.parent} cannot be written: {error.strerror}.") from None
+        try:
+            stats, counts = GaussianStats.empty(embedding.dim), []
+            with (partial / "rows.f32").open("wb") as file:
+                for inputs in self._chunks(embedding):
+                    rows = embedding.embed(inputs, batch_size)
+                    joined = np.concatenate(rows).astype(np.float32)
+                    if not np.isfinite(joined).all():
+                        bad = next(i for i, of in enumerate(rows) if not np.isfinite(of).all())
+                        name = self.samples[len(counts) + bad].name
+                        raise UserError(f"{embedding.name} makes numbers that are not finite of {name}.")
+                    file.write(joined.tobytes())
+                    stats.update(joined)
+                    counts += map(len, rows)
+            about = json.dumps({"what": what, "resampler": RESAMPLER, "embedding": embedding.name})
+            np.savez(partial / "stats.npz", counts=counts, mean=stats.mean, scatter=stats.scatter, about=about)
+            try:
+                partial.rename(folder)
+            except OSError:  # another process was faster
+                if not (folder / "stats.npz").is_file():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _chunks(self, embedding: "Embedding") -> Iterator[list[np.ndarray]]:
+        chunk, size = [], 0
+        loaded = in_parallel(lambda sample: self.load(sample, embedding), self.samples, self.num_workers)
+        bar = tqdm(loaded, f"{embedding.name}: {self.name}", len(self), unit="file", disable=None, leave=False)
+        for data in bar:
+            chunk.append(data)
+            size += data.size
+            if len(chunk) == CHUNK[0] or size >= CHUNK[1]:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+
+def read_embedded(folder: Path) -> EmbeddedSet:
+    with np.load(folder / "stats.npz", allow_pickle=False) as file:
+        counts, mean, scatter = file["counts"], file["mean"], file["scatter"]
+    n = int(counts.sum())
+    rows = np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, len(mean)))
+    return EmbeddedSet(rows, counts, GaussianStats(n, mean, scatter))
+
+
+class AudioSet(SampleSet):
+    """Recordings. `AudioSet.open` reads a folder, `AudioSet.of` takes sounds in memory."""
+
+    class_names: Sequence[str] = ()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        num_workers: int = 2,
+        cache_dir: str | Path | None = None,
+        flag: str = "",
+    ) -> "AudioSet":
+        """
+        The recordings below a folder, with what metadata files and folders say of them.
+
+        Every file is read once, for its hash, length and peak. Files that cannot be used come into `rejects`, with
+        the reason. `flag` is what an error calls the folder.
+        """
+        from tonefield.data.audio_folder import AudioFolder
+
+        source = AudioFolder(folder, flag)
+        samples, rejects = [], list(source.rejects)
+        scanned = in_parallel(_scan, source, num_workers)
+        bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
+        for recording, sample in zip(source, bar, strict=True):
+            if isinstance(sample, AudioError):
+                rejects.append((recording.name, str(sample)))
+            else:
+                samples.append(sample)
+        if not samples:
+            raise UserError(
+                f"None of the {len(source)} recordings in {folder} can be used; {rejects[0][0]} {rejects[0][1]}."
+            )
+        opened = cls(Path(folder).resolve().name, samples, sorted(rejects), num_workers, cache_dir)
+        opened.class_names = getattr(source.features.get("label"), "names", ())
+        opened.warnings = source.warnings
+        return opened
+
+    @classmethod
+    def of(
+        cls, sounds: Sequence[np.ndarray], sampling_rate: int, name: str = "sounds", columns: Sequence[dict] = ()
+    ) -> "AudioSet":
+        """Sounds in memory, each of shape (samples,)."""
+        samples = []
+        for index, sound in enumerate(sounds):
+            sound = np.ascontiguousarray(sound, np.float32)
+            if sound.ndim != 1 or len(sound) == 0 or not np.isfinite(sound).all():
+                raise ValueError(f"Sound {index} is not a line of finite numbers; its shape is {sound.shape}.")
+            digest = hashlib.sha256(sound.tobytes() + str(sampling_rate).encode()).hexdigest()
+            samples.append(
+                Sample(
+                    f"{index:05d}", (sound, sampling_rate), digest, columns[index] if columns else {},
+                    len(sound) / sampling_rate, sampling_rate, float(np.abs(sound).max()),
+                )
+            )  # fmt: skip
+        return cls(name, samples)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.warnings: list[str] = []
+
+    @property
+    def silent(self) -> list[str]:
+        """The files that are too quiet to be heard. They count like all others."""
+        return [sample.name for sample in self.samples if sample.peak < 10 ** (SILENCE_DB / 20)]
+
+    @property
+    def labels(self) -> list[int | None]:
+        """The class of each file, a place in `class_names`."""
+        return [sample.columns.get("label") for sample in self.samples]
+
+    def about(self) -> dict[str, Any]:
+        rates = Counter(sample.sampling_rate for sample in self.samples)
+        return super().about() | {
+            "seconds": sum(sample.seconds for sample in self.samples),
+            "sampling_rates": {str(rate or "unknown"): count for rate, count in sorted(rates.items(), key=str)},
+            "silent": self.silent,
+        }
+
+    def load(self, sample: Sample, embedding: "Embedding") -> np.ndarray:
+        return read_sample(sample, embedding.sampling_rate)
+
+    def waveforms(self, sampling_rate: int) -> Iterator[np.ndarray]:
+        """The sounds as mono float32 at a rate, in order, read ahead by several threads."""
+        yield from in_parallel(lambda sample: read_sample(sample, sampling_rate), self.samples, self.num_workers)
+
+
+def read_sample(sample: Sample, sampling_rate: int) -> np.ndarray:
+    """A sound as mono float32 samples, resampled by soxr at high quality."""
+    if isinstance(sample.source, tuple):
+        sound, rate = sample.source
+        return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate, quality="HQ")
+    try:
+        return read_audio(sample.source, sampling_rate)
+    except AudioError as error:  # it could be read a moment ago
+        raise UserError(f"{sample.name} {error}.") from None
+
+
+def _scan(recording) -> Sample | AudioError:
+    """Reads a file once: whether it is sound, and what can be said of it."""
+    try:
+        with recording.audio.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            rate = soundfile.info(str(recording.audio)).samplerate
+        except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
+            rate = None
+        sound = read_audio(recording.audio, rate or 48000)
+    except OSError as error:
+        return AudioError(f"cannot be opened ({error.strerror or error})")
+    except AudioError as error:
+        return error
+    peak, seconds = float(np.abs(sound).max()), len(sound) / (rate or 48000)
+    return Sample(recording.name, recording.audio, digest, recording.columns, seconds, rate, peak)
