@@ -74,9 +74,7 @@ def fad(comparison: Comparison) -> dict[str, Any]:
 def fad_infinity(comparison: Comparison) -> dict[str, Any]:
     """Fréchet audio distance extrapolated to infinitely many generated clips."""
     reference, generated = _embedded(comparison)
-    line = statistics.frechet_infinity(
-        reference.stats, generated.rows, generated.counts, comparison.options.seed
-    )
+    line = statistics.frechet_infinity(reference.stats, generated.rows, generated.counts, comparison.options.seed)
     warnings = _few_rows(generated, reference)
     if line.r_squared < 0.5:
         warnings.append(f"the distances do not lie on a line against 1/n (R² = {line.r_squared:.2f})")
@@ -118,9 +116,7 @@ def _kernel_distance(comparison: Comparison, name: str, kernel: statistics.Kerne
         if name not in one.memo:
             one.memo[name] = statistics.kernel_sums(one.rows, one.counts, kernel, device)
         sums.append(one.memo[name])
-    crossed = statistics.cross_sums(
-        reference.rows, reference.counts, generated.rows, generated.counts, kernel, device
-    )
+    crossed = statistics.cross_sums(reference.rows, reference.counts, generated.rows, generated.counts, kernel, device)
     return statistics.unbiased_distance(*sums, crossed, reference.counts, generated.counts)
 
 

@@ -1,5 +1,6 @@
 """Embeddings by name: what turns sounds into rows of numbers that distances are taken of."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from tonefield.command_line import UserError
+from tonefield.evaluation.metrics import EMBEDDINGS
 
 
 class Embedding:
@@ -102,6 +104,12 @@ class MelStatistics(Embedding):
     dim = 2 * bands + 2 * groups
     window, least = 16000, 4000
 
+    @classmethod
+    def from_name(cls, weights: str | None, device: torch.device | str) -> "MelStatistics":
+        if weights:
+            raise UserError(f"The embedding mel has no weights: leave out ={weights}.")
+        return cls(device)
+
     def __init__(self, device: torch.device | str = "cpu"):
         from tonefield.models import MelSpectrogram
 
@@ -125,13 +133,11 @@ class MelStatistics(Embedding):
         return list(torch.cat([mean, spread, rises, falls], 1)[:, None])
 
 
-EMBEDDINGS = {
-    "mel": ("statistics of mel spectrograms, 96 numbers a second; no download", MelStatistics),
-}
-
-
 def load_embedding(name: str, device: str | torch.device = "cpu") -> Embedding:
-    """An embedding by name, `NAME` or `NAME=PATH`."""
-    if name not in EMBEDDINGS:
-        raise UserError(f"There is no embedding {name!r}; there are {', '.join(EMBEDDINGS)}.")
-    return EMBEDDINGS[name][1](device=device)
+    """An embedding by name, `NAME` or `NAME=WEIGHTS`; `evaluate.py --help` lists them."""
+    kind, _, weights = name.partition("=")
+    if kind not in EMBEDDINGS:
+        raise UserError(f"There is no embedding {kind!r}; there are {', '.join(EMBEDDINGS)}.")
+    _, module, attribute = EMBEDDINGS[kind]
+    embedding = getattr(importlib.import_module(f"tonefield.evaluation.{module}"), attribute)
+    return embedding.from_name(weights or None, device)

@@ -269,7 +269,7 @@ class AudioSet(SampleSet):
             raise UserError(
                 f"None of the {len(source)} recordings in {folder} can be used; {rejects[0][0]} {rejects[0][1]}."
             )
-        opened = cls(Path(folder).resolve().name, samples, sorted(rejects), num_workers, cache_dir)
+        opened = cls(str(folder), samples, sorted(rejects), num_workers, cache_dir)
         opened.class_names = getattr(source.features.get("label"), "names", ())
         opened.warnings = source.warnings
         return opened
