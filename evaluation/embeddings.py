@@ -95,12 +95,12 @@ class MelStatistics(Embedding):
     Statistics of log-mels, an embedding that has no weights and so needs nothing to be downloaded.
 
     Of each piece of a second, in units of 10 dB: the mean and the standard deviation of each mel band over time, and of
-    groups of bands how much they rise and how much they fall from frame to frame, which tells sounds from reversed
-    ones. It hears levels, timbre and noise, not words or melodies.
+    groups of bands how much they rise and how much they fall within an eighth of a second, which tells sounds from
+    reversed ones. It hears levels, timbre, noise and attacks, not words or melodies.
     """
 
     name, sampling_rate, mixed_lengths = "mel", 16000, True
-    bands, groups = 32, 16
+    bands, groups, lag = 32, 16, 8
     dim = 2 * bands + 2 * groups
     window, least = 16000, 4000
 
@@ -117,7 +117,7 @@ class MelStatistics(Embedding):
         self.mel = MelSpectrogram(16000, 1024, 256, self.bands, 64, f_min=20.0).to(device)
 
     def fingerprint(self) -> str:
-        return f"mel-statistics-1-{self.mel.fingerprint()}-{self.groups}"
+        return f"mel-statistics-1-{self.mel.fingerprint()}"
 
     def forward(self, pieces: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
         low, high = self.mel.value_range
@@ -126,8 +126,9 @@ class MelStatistics(Embedding):
         there = (torch.arange(mels.shape[-1], device=mels.device) < frames[:, None])[:, None]
         mean = (mels * there).sum(-1) / frames[:, None]
         spread = (((mels - mean[..., None]) * there).square().sum(-1) / frames[:, None]).sqrt()
-        steps = mels.unflatten(1, (self.groups, -1)).mean(2).diff(dim=-1) * there[..., 1:]
-        counts = (frames - 1)[:, None]
+        grouped = mels.unflatten(1, (self.groups, -1)).mean(2)
+        steps = (grouped[..., self.lag :] - grouped[..., : -self.lag]) * there[..., self.lag :]
+        counts = (frames - self.lag)[:, None]
         rises = (steps.clamp(min=0).square().sum(-1) / counts).sqrt()
         falls = (steps.clamp(max=0).square().sum(-1) / counts).sqrt()
         return list(torch.cat([mean, spread, rises, falls], 1)[:, None])
