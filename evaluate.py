@@ -4,8 +4,8 @@
     python evaluate.py --reference held_out songs --generated samples --metrics fad fad_inf kad --embeddings mel \\
         vggish=vggish-10086976.pth clap=laion/clap-htsat-unfused --out report.json
 
-Folders are searched to any depth. A table is printed; --out receives all numbers with the settings that they depend on,
-the files that could not be used, and warnings. Without further flags nothing is downloaded. Embeddings are kept, so
+Folders are searched to any depth. A table is printed; --out receives all numbers with the settings that they depend
+on, the files that could not be used, and warnings. Without further flags nothing is downloaded. Embeddings are kept, so
 that a second run is quick; a file that has changed is noticed by its contents.
 """
 
@@ -175,9 +175,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.out:
         check_out(args.out)
     check_device(args.device)
-    report, generated, references = run_metrics(
-        args.reference, args.generated, args.metrics, args.embeddings, options_from(args)
-    )
+    report, *_ = run_metrics(args.reference, args.generated, args.metrics, args.embeddings, options_from(args))
     for one in (report["generated"], *report["references"]):
         rates = ", ".join(f"{count} at {rate} Hz" for rate, count in one["sampling_rates"].items())
         print(f"{one['name']}: {one['files']} files, {one['seconds']:.0f} s ({rates})")

@@ -1,6 +1,8 @@
 """Embeddings by name: what turns sounds into rows of numbers that distances are taken of."""
 
+import hashlib
 import importlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,8 +66,8 @@ class Embedding:
         """
         The rows of each sound, float32 of shape (n, dim).
 
-        Pieces of equal length, or of similar length where the network allows for it, are computed together; the rows of
-        a sound do not depend on the others.
+        Pieces of equal length, or of similar length where the network allows for it, are computed together; the rows
+        of a sound do not depend on the others.
         """
         pieces = [(index, piece) for index, sound in enumerate(sounds) for piece in self.cut(sound)]
         order = sorted(range(len(pieces)), key=lambda place: len(pieces[place][1]))
@@ -94,7 +96,7 @@ class MelStatistics(Embedding):
     """
     Statistics of log-mels, an embedding that has no weights and so needs nothing to be downloaded.
 
-    Of each piece of a second, in units of 10 dB: the mean and the standard deviation of each mel band over time, and of
+    Of each piece of a second, in units of 10 dB: mean and standard deviation of each mel band over time, and of
     groups of bands how much they rise and how much they fall within an eighth of a second, which tells sounds from
     reversed ones. It hears levels, timbre, noise and attacks, not words or melodies.
     """
@@ -132,6 +134,14 @@ class MelStatistics(Embedding):
         rises = (steps.clamp(min=0).square().sum(-1) / counts).sqrt()
         falls = (steps.clamp(max=0).square().sum(-1) / counts).sqrt()
         return list(torch.cat([mean, spread, rises, falls], 1)[:, None])
+
+
+def fingerprint_of(network: torch.nn.Module, *settings: Any) -> str:
+    """Tells networks apart: equal when weights and settings are."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_embedding(name: str, device: str | torch.device = "cpu") -> Embedding:

@@ -1,8 +1,9 @@
 """The metrics by name, and their run over sets of recordings.
 
 A metric is a function of a [`Comparison`] that returns plain numbers: `value`, which is the metric (or None), and
-whatever else explains it (`interval` is a pair of numbers, `warnings` a list of sentences). It stands in `METRICS` with
-the module it lives in, so that nothing is imported before it is used.
+whatever else explains it (`interval` is a pair of numbers, `warnings` a list of sentences); or a list of such
+dictionaries, each with a name of its own in `metric`. It stands in `METRICS` with the module it lives in, so that
+nothing is imported before it is used.
 """
 
 import importlib
@@ -26,8 +27,8 @@ class Metric:
         module: Where in `tonefield.evaluation` the function `function` is.
         help: One line for `--help`.
         better: What is better: "lower", "higher", or "" where neither is.
-        needs: What it uses beside two sets of recordings: "embedding" (it is run for each one), "classifier", "captions"
-            (in the generated set), "pipeline", "pairs" (files of the same name in both sets).
+        needs: What it uses beside two sets of recordings: "embedding" (it is run for each one), "classifier",
+            "captions" (in the generated set), "pipeline", "pairs" (files of the same name in both sets).
         reference: Whether it compares with a reference; the others are run once.
         curve: Whether it can be computed for many subsets, to see how many clips it takes.
     """
@@ -265,19 +266,20 @@ def compare_sets(generated: "AudioSet", references: "Sequence[AudioSet]") -> lis
         if rates.isdisjoint(theirs := {sample.sampling_rate for sample in one.samples}):
             rate, other = (", ".join(map(str, sorted(some, key=str))) for some in (rates, theirs))
             warnings.append(
-                f"{generated.name} has sampling rates of {rate} Hz, {one.name} of {other} Hz: what one of them lacks at"
-                " the top counts as a difference"
+                f"{generated.name} has sampling rates of {rate} Hz, {one.name} of {other} Hz: what one of them lacks"
+                " at the top counts as a difference"
             )
     return warnings
 
 
 def trace_curve(function: Callable[[Comparison], Any], comparison: Comparison, repeats: int = 5) -> dict[str, Any]:
     """
-    A metric of more and more generated clips, with intervals from subsets that are drawn without replacement.
+    A metric of more and more generated clips, with intervals from subsets that are drawn without replacement (of a
+    metric that returns several values, the first).
 
     Subsets of a set are more alike than new sets would be: the variance is that of new ones, by the correction for
-    finite populations. `smallest_n` is the first number of clips whose interval is narrower than the value of all clips
-    times `precision`, to either side.
+    finite populations. `smallest_n` is the first number of clips whose interval reaches no further
+    than `precision` times the value of all clips, to either side.
     """
     import numpy as np
 
@@ -287,7 +289,8 @@ def trace_curve(function: Callable[[Comparison], Any], comparison: Comparison, r
 
     def value_of(indices) -> float:
         part = replace(comparison, generated=comparison.generated.subset(indices), options=quick)
-        return function(part)["value"]
+        found = function(part)
+        return (found[0] if isinstance(found, list) else found)["value"]
 
     sizes = np.unique(np.geomspace(min(10, max(2, n // 4)), n // 2, 8).round().astype(int)) if n >= 4 else []
     points, whole = [], value_of(range(n))

@@ -136,10 +136,17 @@ class SampleSet:
         self.num_workers, self.cache_dir = num_workers, cache_dir
         self.parent: SampleSet | None = None
         self.indices: Sequence[int] = ()
+        self.memo: dict[str, Any] = {}  # for what a metric makes of a set once and wants again
         self._embedded: dict[str, EmbeddedSet] = {}
 
     def load(self, sample: Sample, embedding: "Embedding") -> np.ndarray:
+        """What an embedding is given of a file."""
         raise NotImplementedError
+
+    @property
+    def root(self) -> "SampleSet":
+        """The set that this one is a part of, or itself."""
+        return self if self.parent is None else self.parent.root
 
     def about(self) -> dict[str, Any]:
         """What a report says of the set."""
@@ -163,7 +170,7 @@ class SampleSet:
         part = object.__new__(type(self))
         part.__dict__.update({k: v for k, v in vars(self).items() if k != "fingerprint"})
         part.samples = [self.samples[index] for index in indices]
-        part.parent, part.indices = self, indices
+        part.parent, part.indices, part.memo = self, indices, {}
         return part
 
     def embed(self, embedding: "Embedding", batch_size: int = 32) -> EmbeddedSet:

@@ -89,6 +89,14 @@ class GaussianStats:
         return len(self.eigenvalues())
 
 
+def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of a mean, from how values of independent clips scatter; of a single clip there is none."""
+    if len(values) < 2:
+        return None
+    half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 # ----- Fréchet distance
 
 
@@ -113,8 +121,8 @@ def null_floor(eigenvalues: np.ndarray, n: float) -> float:
     """
     The Fréchet distance that n rows of a Gaussian have to it, on average: what a perfect generator scores.
 
-    The second-order expansion in the error of mean and covariance, (Σᵢ λᵢ + ½ (Σᵢⱼ λᵢλⱼ/(λᵢ+λⱼ) + ½ Σᵢ λᵢ)) / n. Of two
-    sets the floors add up. Heavier tails than a Gaussian's have a higher floor.
+    The second-order expansion in the error of mean and covariance, (Σᵢ λᵢ + ½ (Σᵢⱼ λᵢλⱼ/(λᵢ+λⱼ) + ½ Σᵢ λᵢ)) / n. Of
+    two sets the floors add up. Heavier tails than a Gaussian's have a higher floor.
     """
     values = np.asarray(eigenvalues, np.float64)
     values = values[values > 0]
@@ -216,8 +224,8 @@ def frechet_infinity(
     The Fréchet distance of infinitely many clips (Chong and Forsyth 2020): the intercept of a line against 1/n.
 
     Clips are drawn without replacement: drawn with it, they stand for the clips that there are, and the line tends
-    to the distance of those. The smallest sets have twice as many rows as dimensions, or a tenth of all, whatever is more
-    (and half of all clips at most).
+    to the distance of those. The smallest sets have twice as many rows as dimensions, or a tenth of all, whatever is
+    more (and half of all clips at most).
     """
     n = len(counts)
     least = min(max(round(2 * rows.shape[1] * n / len(rows)), n // 10, 2), max(n // 2, 2))
