@@ -5,8 +5,8 @@
         vggish=vggish-10086976.pth clap=laion/clap-htsat-unfused --out report.json
 
 Folders are searched to any depth. A table is printed; --out receives all numbers with the settings that they depend
-on, the files that could not be used, and warnings. Without further flags nothing is downloaded. Embeddings are kept, so
-that a second run is quick; a file that has changed is noticed by its contents.
+on, the files that could not be used, and warnings. Without further flags nothing is downloaded. Embeddings are kept,
+so that a second run is quick; a file that has changed is noticed by its contents.
 """
 
 import argparse
