@@ -9,6 +9,7 @@ from tonefield.evaluation.metrics import Comparison
 from tonefield.evaluation.sets import EmbeddedSet
 
 
+MOST_ROWS = 10000  # of a set that kernels and resamples take, beyond one a clip: their cost is its square
 WORST = 20  # how many clips `fad_per_clip` names at either end
 
 
@@ -17,6 +18,11 @@ def _embedded(comparison: Comparison) -> tuple[EmbeddedSet, EmbeddedSet]:
     size = comparison.options.batch_size
     sets = (comparison.reference, comparison.generated)
     reference, generated = (one.embed(comparison.embedding, size) for one in sets)
+    return reference, generated
+
+
+def _thinned(comparison: Comparison) -> tuple[EmbeddedSet, EmbeddedSet]:
+    reference, generated = (one.thinned(MOST_ROWS) for one in _embedded(comparison))
     return reference, generated
 
 
@@ -59,7 +65,8 @@ def fad(comparison: Comparison) -> dict[str, Any]:
             f"{value:.3g} is not distinguishable from sampling noise: two sets of the same sounds would score about"
             f" {floor:.3g}"
         )
-    sets = [(one.rows, one.counts, one.stats) for one in (reference, generated)]
+    thin = [one.thinned(MOST_ROWS) for one in (reference, generated)]
+    sets = [(few.rows, few.counts, one.stats) for few, one in zip(thin, (reference, generated), strict=True)]
     interval = None
     if min(len(reference), len(generated)) > 1:
         interval = statistics.frechet_interval(value, *sets, comparison.options.bootstrap, comparison.options.seed)
@@ -109,7 +116,7 @@ def fad_per_clip(comparison: Comparison) -> dict[str, Any]:
 
 def _kernel_distance(comparison: Comparison, name: str, kernel: statistics.Kernel) -> tuple[float, float]:
     """An unbiased distance and its standard error; what belongs to one set alone is computed once."""
-    reference, generated = _embedded(comparison)
+    reference, generated = _thinned(comparison)
     device = comparison.options.device or "cpu"
     sums = []
     for one in (reference, generated):
@@ -123,7 +130,7 @@ def _kernel_distance(comparison: Comparison, name: str, kernel: statistics.Kerne
 def kad(comparison: Comparison) -> dict[str, Any]:
     """Kernel audio distance (Chung et al. 2025): 100 times the distance with a Gaussian kernel as wide as the
     reference."""
-    reference, generated = _embedded(comparison)
+    reference, generated = _thinned(comparison)
     if "bandwidth" not in reference.memo:
         reference.memo["bandwidth"] = statistics.median_distance(reference.rows, comparison.options.seed)
     bandwidth = reference.memo["bandwidth"]
@@ -138,7 +145,7 @@ def kad(comparison: Comparison) -> dict[str, Any]:
 
 def kid(comparison: Comparison) -> dict[str, Any]:
     """Kernel distance with the polynomial kernel: of all clips, and over subsets of 1000 as it is published."""
-    reference, generated = _embedded(comparison)
+    reference, generated = _thinned(comparison)
     value, error = _kernel_distance(comparison, "polynomial", statistics.polynomial_kernel)
     result = {"value": value, "interval": (value - 1.96 * error, value + 1.96 * error)} | _sizes(reference, generated)
     if comparison.options.bootstrap:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -179,7 +179,12 @@ def run_metrics(
     reference: Any, generated: Any, metrics: Sequence[str], embeddings: Sequence[Any], options: Options
 ) -> "tuple[dict[str, Any], AudioSet, list[AudioSet]]":
     """[`evaluate`], with the sets as well."""
+    if isinstance(reference, (str, Path)) or hasattr(reference, "samples"):
+        reference = [reference]
     check_metrics(metrics, options)
+    for flag, source in [("--generated", generated), *(("--reference", source) for source in reference)]:
+        if isinstance(source, (str, Path)) and not Path(source).is_dir():  # known before anything heavy is imported
+            raise UserError(f"{flag} {source} {'is not a folder' if Path(source).exists() else 'does not exist'}.")
 
     import torch
 
@@ -188,6 +193,10 @@ def run_metrics(
     from tonefield.evaluation.sets import RESAMPLER, AudioSet
 
     options = replace(options, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device} cannot be used: {first_line(error)}") from None
     wanted = any("embedding" in METRICS[name].needs for name in metrics)
     loaded = [e if isinstance(e, Embedding) else load_embedding(e, options.device) for e in embeddings if wanted]
 
@@ -196,8 +205,6 @@ def run_metrics(
             return source
         return AudioSet.open(source, options.num_workers, options.cache_dir, flag)
 
-    if isinstance(reference, (str, Path, AudioSet)):
-        reference = [reference]
     judged = opened(generated, "--generated")
     references = [opened(source, "--reference") for source in reference]
     check_sets(metrics, options, judged, references)
