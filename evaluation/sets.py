@@ -1,6 +1,7 @@
 """Sets of recordings: what is in them, what cannot be used, and their embeddings, kept for the next time."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,8 @@ SILENCE_DB = -60.0  # of full scale: a recording that peaks below is called sile
 RESAMPLER = "soxr HQ"
 FORMAT = 1  # of the cache; what an earlier number has written is computed anew
 CHUNK = (256, 2**25)  # recordings and samples that are in memory at a time, at most
+GROUP = (16, 60.0)  # recordings that a thread reads at a time, and their seconds
+HELD = 2**26  # samples that stay in memory after a file was looked at, so that it need not be read again
 
 
 def default_cache_dir() -> Path:
@@ -150,8 +153,8 @@ class SampleSet:
         self.memo: dict[str, Any] = {}  # for what a metric makes of a set once and wants again
         self._embedded: dict[str, EmbeddedSet] = {}
 
-    def load(self, sample: Sample, embedding: "Embedding") -> np.ndarray:
-        """What an embedding is given of a file."""
+    def load(self, samples: Sequence[Sample], embedding: "Embedding") -> list[np.ndarray]:
+        """What an embedding is given of files."""
         raise NotImplementedError
 
     @property
@@ -231,10 +234,22 @@ class SampleSet:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _groups(self) -> Iterator[list[Sample]]:
+        """The files in handy portions."""
+        group: list[Sample] = []
+        for sample in self.samples:
+            group.append(sample)
+            if len(group) == GROUP[0] or sum(one.seconds for one in group) >= GROUP[1]:
+                yield group
+                group = []
+        if group:
+            yield group
+
     def _chunks(self, embedding: "Embedding") -> Iterator[list[np.ndarray]]:
         chunk, size = [], 0
-        loaded = in_parallel(lambda sample: self.load(sample, embedding), self.samples, self.num_workers)
-        bar = tqdm(loaded, f"{embedding.name}: {self.name}", len(self), unit="file", disable=None, leave=False)
+        loaded = in_parallel(lambda some: self.load(some, embedding), self._groups(), self.num_workers)
+        files = itertools.chain.from_iterable(loaded)
+        bar = tqdm(files, f"{embedding.name}: {self.name}", len(self), unit="file", disable=None, leave=False)
         for data in bar:
             chunk.append(data)
             size += data.size
@@ -250,7 +265,8 @@ def read_embedded(folder: Path) -> EmbeddedSet:
         counts, mean, scatter = file["counts"], file["mean"], file["scatter"]
     n = int(counts.sum())
     rows = np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, len(mean)))
-    return EmbeddedSet(rows, counts, GaussianStats(n, mean, scatter))
+    # Fewer rows than dimensions tell all there is to know of a covariance, and more quickly than it does.
+    return EmbeddedSet(rows, counts, GaussianStats.of(rows) if n <= len(mean) else GaussianStats(n, mean, scatter))
 
 
 class AudioSet(SampleSet):
@@ -269,27 +285,45 @@ class AudioSet(SampleSet):
         """
         The recordings below a folder, with what metadata files and folders say of them.
 
-        Every file is read once, for its hash, length and peak. Files that cannot be used come into `rejects`, with
-        the reason. `flag` is what an error calls the folder.
+        Every file is read once, for its hash, length and peak; a known hash saves the rest. Files that cannot be used
+        come into `rejects`, with the reason. `flag` is what an error calls the folder.
         """
         from tonefield.data.audio_folder import AudioFolder
 
         source = AudioFolder(folder, flag)
-        samples, rejects = [], list(source.rejects)
-        scanned = in_parallel(_scan, source, num_workers)
-        bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
-        for recording, sample in zip(source, bar, strict=True):
-            if isinstance(sample, AudioError):
-                rejects.append((recording.name, str(sample)))
+        samples, rejects, held, size = [], list(source.rejects), {}, 0
+        digests = list(in_parallel(_digest, source, num_workers))
+        note = None
+        if cache_dir is not None:
+            what = [
+                FORMAT,
+                *((Path(recording.name).suffix, of) for recording, of in zip(source, digests, strict=True)),
+            ]
+            note = Path(cache_dir, f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json")
+        found = _read_note(note) if note else None
+        if found is None:
+            scanned = in_parallel(_scan, source, num_workers)
+            bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
+            found = []
+            for recording, (facts, sound) in zip(source, bar, strict=True):
+                found.append(facts)
+                if sound is not None and size + len(sound) <= HELD:
+                    held[recording.name] = sound, facts[2]
+                    size += len(sound)
+            if note:
+                _write_note(note, found)
+        for recording, digest, (reason, *facts) in zip(source, digests, found, strict=True):
+            if reason is None:
+                samples.append(Sample(recording.name, recording.audio, digest, recording.columns, *facts))
             else:
-                samples.append(sample)
+                rejects.append((recording.name, reason))
         if not samples:
             raise UserError(
                 f"None of the {len(source)} recordings in {folder} can be used; {rejects[0][0]} {rejects[0][1]}."
             )
         opened = cls(str(folder), samples, sorted(rejects), num_workers, cache_dir)
         opened.class_names = getattr(source.features.get("label"), "names", ())
-        opened.warnings = source.warnings
+        opened.warnings, opened.held = source.warnings, held
         return opened
 
     @classmethod
@@ -314,6 +348,7 @@ class AudioSet(SampleSet):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.warnings: list[str] = []
+        self.held: dict[str, tuple[np.ndarray, int]] = {}  # sounds, and their rates
 
     @property
     def silent(self) -> list[str]:
@@ -333,12 +368,17 @@ class AudioSet(SampleSet):
             "silent": self.silent,
         }
 
-    def load(self, sample: Sample, embedding: "Embedding") -> np.ndarray:
-        return read_sample(sample, embedding.sampling_rate)
+    def load(self, samples: Sequence[Sample], embedding: "Embedding") -> list[np.ndarray]:
+        return self._read(samples, embedding.sampling_rate)
 
     def waveforms(self, sampling_rate: int) -> Iterator[np.ndarray]:
         """The sounds as mono float32 at a rate, in order, read ahead by several threads."""
-        yield from in_parallel(lambda sample: read_sample(sample, sampling_rate), self.samples, self.num_workers)
+        groups = in_parallel(lambda group: self._read(group, sampling_rate), self._groups(), self.num_workers)
+        yield from itertools.chain.from_iterable(groups)
+
+    def _read(self, samples: Sequence[Sample], sampling_rate: int) -> list[np.ndarray]:
+        held = (replace(one, source=self.held[one.name]) if one.name in self.held else one for one in samples)
+        return [read_sample(sample, sampling_rate) for sample in held]
 
 
 def read_sample(sample: Sample, sampling_rate: int) -> np.ndarray:
@@ -352,19 +392,39 @@ def read_sample(sample: Sample, sampling_rate: int) -> np.ndarray:
         raise UserError(f"{sample.name} {error}.") from None
 
 
-def _scan(recording) -> Sample | AudioError:
-    """Reads a file once: whether it is sound, and what can be said of it."""
+def _digest(recording) -> str:
     try:
         with recording.audio.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        try:
-            rate = soundfile.info(str(recording.audio)).samplerate
-        except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
-            rate = None
-        sound = read_audio(recording.audio, rate or 48000)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        return AudioError(f"cannot be opened ({error.strerror or error})")
+        return f"cannot be opened ({error.strerror or error})"
+
+
+def _scan(recording) -> tuple[tuple, np.ndarray | None]:
+    """Reads a file once: (why it cannot be used, seconds, sampling rate, peak), and its sound at that rate."""
+    try:
+        rate = soundfile.info(str(recording.audio)).samplerate
+    except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
+        rate = None
+    try:
+        sound = read_audio(recording.audio, rate or 48000)
     except AudioError as error:
-        return error
-    peak, seconds = float(np.abs(sound).max()), len(sound) / (rate or 48000)
-    return Sample(recording.name, recording.audio, digest, recording.columns, seconds, rate, peak)
+        return (str(error),), None
+    return (None, len(sound) / (rate or 48000), rate, float(np.abs(sound).max())), sound if rate else None
+
+
+def _read_note(note: Path) -> list | None:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_note(note: Path, facts: list) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".partial-", delete=False) as file:
+            file.write(json.dumps(facts))
+        os.replace(file.name, note)
+    except OSError as error:
+        raise UserError(f"--cache_dir {note.parent} cannot be written: {error.strerror}.") from None

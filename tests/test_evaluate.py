@@ -201,8 +201,8 @@ def test_the_cache_is_used_and_notices_changes(folders, tmp_path):
 
     first = made(0)
     kept = sorted((tmp_path / "cache").iterdir())
-    assert len(kept) == 2 and made(0) == first and sorted((tmp_path / "cache").iterdir()) == kept
-    assert made(0.1) > first and len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(kept) == 4 and made(0) == first and sorted((tmp_path / "cache").iterdir()) == kept
+    assert made(0.1) > first and len(list((tmp_path / "cache").iterdir())) == 6
 
 
 @pytest.mark.parametrize("flags, message", [

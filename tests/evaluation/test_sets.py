@@ -129,7 +129,7 @@ def test_a_run_that_dies_leaves_nothing_half(folder, tmp_path):
     one = AudioSet.open(folder, cache_dir=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         one.embed(Failing())
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]  # what the files are
     assert len(one.embed(Counting())) == 5
 
     class NoNumber(Counting):
@@ -200,3 +200,19 @@ def test_thinning_keeps_every_clip():
     thin = embedded.thinned(7)
     assert thin.rows[:, 0].tolist() == [0, 3, 6, 9, 10, 11, 14, 15, 18] and thin.counts.tolist() == [4, 1, 2, 2]
     assert embedded.thinned(20) is embedded and embedded.thinned(7) is thin
+
+
+def test_a_second_look_reads_no_sound(folder, tmp_path, monkeypatch):
+    first = AudioSet.open(folder, cache_dir=tmp_path / "cache")
+
+    def fail(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(sets_module, "_scan", fail)
+    again = AudioSet.open(folder, cache_dir=tmp_path / "cache")
+    assert again.samples == first.samples and again.rejects == first.rejects
+    assert [sound.tolist() for sound in again.waveforms(8000)] == [sound.tolist() for sound in first.waveforms(8000)]
+    for note in (tmp_path / "cache").glob("*.json"):
+        note.write_text("{")
+    with pytest.raises(AssertionError, match="read again"):
+        AudioSet.open(folder, cache_dir=tmp_path / "cache")
