@@ -9,8 +9,8 @@
     accelerate launch --num_processes 4 inference.py --model USER/NAME --prompt lines.txt --num_samples 500
 
 --output_dir receives the sounds, a picture of each, `overview.png` with all of them side by side, and
-`manifest.jsonl`: a line for each sound with its file, seed, prompt and settings. A run that was stopped goes on when it is started
-again. Any line can be made again, bit for bit on the same machine:
+`manifest.jsonl`: a line for each sound with its file, seed, prompt and settings. A run that was stopped goes on when
+it is started again. Any line can be made again, bit for bit on the same machine:
 
     python inference.py --again sounds/drums-1f2e3d4c/manifest.jsonl --lines 3 7
 """
@@ -168,7 +168,7 @@ def load_model(args: argparse.Namespace):
         if "vocoder" not in pipe.components:
             refuse(pipe, "vocoder", "its codec makes the sound")
         try:
-            pipe.register_modules(vocoder=tonefield.models.load_vocoder(args.vocoder, mel=pipe.mel))
+            pipe.register_modules(vocoder=tonefield.models.load_vocoder(args.vocoder))
         except (OSError, ValueError) as error:
             raise UserError(f"--vocoder {args.vocoder} cannot be loaded: {first_line(error)}") from None
     if args.n_iter:

@@ -7,8 +7,17 @@ from setuptools import setup
 from setuptools.command.build_py import build_py as _build_py
 
 
-FOLDERS = ("conversion", "data", "models", "pipelines", "schedulers", "training")
-SCRIPTS = ("audio_to_images", "audio_to_tokens", "inference", "train_codec", "train_sedd", "train_unet", "train_vae")
+FOLDERS = ("conversion", "data", "evaluation", "models", "pipelines", "schedulers", "training")
+SCRIPTS = (
+    "audio_to_images",
+    "audio_to_tokens",
+    "evaluate",
+    "inference",
+    "train_codec",
+    "train_sedd",
+    "train_unet",
+    "train_vae",
+)
 
 
 class build_py(_build_py):

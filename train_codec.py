@@ -111,6 +111,13 @@ def make_codec(args):
         raise UserError(f"The codec cannot be built: {first_line(error)}") from None
 
 
+def whole(recordings, rate: int) -> tuple[list, int]:
+    """The held-out recordings, as far as they are measured, and their rate."""
+    most = VALIDATION_SECONDS * rate
+    sounds = [recordings.crop(index, 0, min(recordings.length(index), most)) for index in range(len(recordings))]
+    return sounds, rate
+
+
 def make_mel(sampling_rate: int):
     """What the mel distance is taken of: 64 bands or, at low rates, fewer; windows of about 64 ms; 80 dB."""
     from tonefield.models import MelSpectrogram
@@ -203,6 +210,7 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.publishing import find_repository, publish_folder, settings_of
     from tonefield.training.recordings import open_audio
     from tonefield.training.spectral import codec_loss, window_sizes
+    from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
@@ -235,7 +243,8 @@ def main(args: argparse.Namespace) -> None:
         "codec": settings_of(codec),
         "recordings": hashlib.sha256("/".join(recordings.names).encode()).hexdigest(),
     }
-    trained = train(args, accelerator, codec, data, compute_loss, generate, about, "codec")
+    measured = with_metrics(args, accelerator, generate, lambda: whole(held_out, codec.sampling_rate))
+    trained = train(args, accelerator, codec, data, compute_loss, measured, about, "codec")
     if accelerator.is_main_process:
         shutil.rmtree(folder / ".audio")
         if trained is not None:

@@ -344,6 +344,18 @@ def make_samples(args, accelerator, scheduler, data, text):
     return generate
 
 
+def held_out_sounds(data):
+    """What generated sounds are compared with: the held-out codes through the same codec."""
+    import torch
+
+    sounds = []
+    with torch.no_grad():
+        for codes in data.validation["codes"]:
+            codes = torch.as_tensor(codes, dtype=torch.long, device=data.codec.device)[None]
+            sounds.append(data.codec.decode(codes)[0].float().cpu().clamp(-1, 1).numpy())
+    return sounds, data.codec.sampling_rate
+
+
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
@@ -351,6 +363,7 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.publishing import find_repository, publish, settings_of
     from tonefield.training.text import open_text_encoder
     from tonefield.training.token_data import open_tokens
+    from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -377,7 +390,12 @@ def main(args: argparse.Namespace) -> None:
         transformer,
         data,
         make_loss(args, scheduler, data, condition, samples_per_step),
-        make_samples(args, accelerator, scheduler, data, (tokenizer, encoder)),
+        with_metrics(
+            args,
+            accelerator,
+            make_samples(args, accelerator, scheduler, data, (tokenizer, encoder)),
+            lambda: held_out_sounds(data),
+        ),
         fixed,
         "transformer",
         make_validation(args, accelerator, scheduler, data, condition),

@@ -358,6 +358,24 @@ def make_samples(args, accelerator, scheduler, data, steps: int, vae, texts):
     return generate if vae is None and texts is None else generate_as_the_pipeline_does
 
 
+def held_out_sounds(args, accelerator, data, vae):
+    """What generated sounds are compared with: the held-out mels or latents, made audible in the same way."""
+    from tonefield.training.validation import held_out_mels
+
+    if not data.vae:
+        return held_out_mels(data, args.train_batch_size)
+    place = vae.device
+    vae.to(accelerator.device)
+
+    def decode(latents):
+        scaled = latents.to(vae.device) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return vae.decode(scaled).sample
+
+    sounds = held_out_mels(data, args.train_batch_size, decode)
+    vae.to(place)
+    return sounds
+
+
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
@@ -368,6 +386,7 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.pretrained import check_shape, fit_data, open_pretrained
     from tonefield.training.publishing import find_repository, publish, publish_folder, settings_of
     from tonefield.training.text import add_texts, open_text_encoder, text_fingerprint
+    from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -380,6 +399,8 @@ def main(args: argparse.Namespace) -> None:
     data = open_data(args, args.caption_column if encoder is not None else None)
     if pretrained is not None:
         fit_data(args, data, pretrained)
+    if args.validation_metrics and data.mel is None:
+        raise UserError(f"--validation_metrics compare sounds, and {args.dataset_name} holds pictures.")
     vae = coder = texts = None
     if data.vae:
         if data.class_names:
@@ -419,6 +440,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"{parameters:,} parameters{share}, {'x'.join(map(str, data.sample_shape))} {kind}, {told}")
     loss = make_loss(args, scheduler, data, accelerator, coder, texts, encoder)
     generate = make_samples(args, accelerator, scheduler, data, steps, vae, texts)
+    generate = with_metrics(args, accelerator, generate, lambda: held_out_sounds(args, accelerator, data, vae))
     result = train(args, accelerator, unet, data, loss, generate, fixed)
     if result is not None and accelerator.is_main_process:
         about = {"flags": vars(args), "class_names": data.class_names} | fixed

@@ -293,7 +293,7 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.latents import cache_latents, check_cache_folder, latent_shape, measure_latents
     from tonefield.training.loop import make_accelerator, train
     from tonefield.training.publishing import find_repository, publish_folder, settings_of
-    from tonefield.training.validation import show_mels
+    from tonefield.training.validation import held_out_mels, show_mels, with_metrics
 
     if args.cache_latents:
         check_cache_folder(args)
@@ -316,6 +316,7 @@ def main(args: argparse.Namespace) -> None:
             titles = ["original", "reconstruction"] * len(mels)
             show_mels(pairs, mel, folder / "samples", step, accelerator.trackers, titles)
 
+    measured = with_metrics(args, accelerator, generate, lambda: held_out_mels(data, args.train_batch_size), every=2)
     shape = " x ".join(map(str, latent_shape(vae, mel)))
     sample = " x ".join(map(str, data.sample_shape))
     judge = f", discriminator {opponent.network.num_parameters():,}" if opponent else ""
@@ -329,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
         "network": settings_of(vae),
     }
     trained: Any = train(
-        args, accelerator, vae, data, compute_loss, generate, fixed, "vae", opponent=opponent, keep_best=True
+        args, accelerator, vae, data, compute_loss, measured, fixed, "vae", opponent=opponent, keep_best=True
     )
     if trained is not None and accelerator.is_main_process:
         latents = measure_latents(trained, accelerator, data, args.train_batch_size)

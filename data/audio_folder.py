@@ -17,7 +17,7 @@ from tonefield.data.audio_files import FFMPEG_EXTENSIONS, SOUNDFILE_EXTENSIONS
 from tonefield.data.loading import LOOSE_FILES
 
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "manifest.jsonl")
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Recording:
 class AudioFolder:
     """The recordings below a folder, in the order of their names.
 
-    Every column of a `metadata.csv` or `metadata.jsonl` (the AudioFolder convention: `file_name` is relative to
-    the file that names it) comes along. A column `label` there, or else the folder that a file lies in, is its class.
+    Every column of a `metadata.csv`, `metadata.jsonl` or `manifest.jsonl` (the AudioFolder convention: `file_name` is
+    relative to the file that names it) comes along. A column `label` there, or else the folder that a file lies in, is
+    its class. `flag` is what an error calls the folder.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, flag: str = "--input_dir"):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             what = "is not a folder" if self.folder.exists() else "does not exist"
-            raise UserError(f"--input_dir {folder} {what}.")
+            raise UserError(f"{flag} {folder} {what}.")
         self.rejects: list[tuple[str, str]] = []  # files that are no recordings, with the reason
         self.warnings: list[str] = []
         paths, metadata = self._walk()

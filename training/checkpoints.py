@@ -97,23 +97,24 @@ class Checkpoints:
 
 class Best:
     """
-    The network with the lowest validation loss so far, in the folder `best`, where a killed run leaves it as well.
+    The network with the lowest validation loss, or other metric, so far, in the folder `best`, where a killed run
+    leaves it as well.
 
     Args:
         folder: Where `best` lies.
         name: The subfolder of the network.
         anew: Whether to forget what an earlier run left there.
+        metric: What is compared.
     """
 
-    def __init__(self, folder: Path, name: str, anew: bool):
-        self.folder, self.name = folder / "best", name
+    def __init__(self, folder: Path, name: str, anew: bool, metric: str = "validation_loss"):
+        self.folder, self.name, self.metric = folder / "best", name, metric
         self.note = self.folder / "best.json"
         if anew:
             shutil.rmtree(self.folder, ignore_errors=True)
-        known = (
-            json.loads(self.note.read_text()) if self.note.is_file() else {"stage": -1, "validation_loss": math.inf}
-        )
-        self.rank = known["stage"], -known["validation_loss"]
+        known = json.loads(self.note.read_text()) if self.note.is_file() else {}
+        # What was the best by another metric says nothing about this one.
+        self.rank = (known["stage"], -known[metric]) if metric in known else (-1, -math.inf)
 
     def offer(self, network, loss: float, step: int, stage: int = 0) -> None:
         """Keeps a network if it is better. One of a later stage of the training always is: its loss is another."""
@@ -122,7 +123,7 @@ class Best:
         partial = self.folder.with_name(".best.partial")
         shutil.rmtree(partial, ignore_errors=True)
         network.save_pretrained(partial / self.name, max_shard_size="1TB")
-        note = {"step": step, "validation_loss": loss, "stage": stage}
+        note = {"step": step, self.metric: loss, "stage": stage}
         (partial / self.note.name).write_text(json.dumps(note))
         shutil.rmtree(self.folder, ignore_errors=True)
         partial.rename(self.folder)

@@ -236,8 +236,9 @@ def train(
         validate: What to report of a network, `validation_loss` among it, instead of its loss over the held-out rows;
             every process calls it.
         opponent: A second network that learns against the first.
-        keep_best: Publish the weights with the lowest validation loss, not the last ones. They are kept in `best`.
-            Those from before the opponent took part are only kept until then.
+        keep_best: Publish the weights with the lowest validation loss, not the last ones, as with `--best_metric`,
+            which may name another number that `validate` or `generate` reports. They are kept in `best`. Those from
+            before the opponent took part are only kept until then.
     """
     device, folder = accelerator.device, Path(args.output_dir)
     run = data.describe() | (run or {})
@@ -296,7 +297,9 @@ def train(
                 tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
     result = average.network if average else model
-    best = Best(folder, name, anew=found is None) if keep_best and accelerator.is_main_process else None
+    best = None
+    if (keep_best or args.best_metric) and accelerator.is_main_process:
+        best = Best(folder, name, found is None, f"validation_{args.best_metric or 'loss'}")
     measurements = Measurements(accelerator, shares, data)
     batches = iter(data.train.batches(shares, step, args.dataloader_num_workers, resume_at))
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not accelerator.is_main_process or None)
@@ -347,11 +350,12 @@ def train(
                     else:
                         losses = validate(result)
                     report(losses)
-                    if best is not None:
-                        stage = 0 if opponent is None else int(step > opponent.start)
-                        best.offer(result, losses["validation_loss"], step, stage)
                     if generate is not None and accelerator.is_main_process and (values := generate(result, step)):
                         report(values)
+                        losses = losses | values
+                    if best is not None:
+                        stage = 0 if opponent is None else int(step > opponent.start)
+                        best.offer(result, losses[best.metric], step, stage)
                     accelerator.wait_for_everyone()
                     network.train()
                 measurements.start = time.monotonic()

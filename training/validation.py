@@ -1,6 +1,6 @@
 """What a network in training makes, where a person can look and listen: pictures and sounds in files and trackers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ from tonefield.data.pictures import draw_mels, draw_sounds
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.data import TrainingData
 from tonefield.training.randomness import make_generators
+
+
+SHOWN = 16  # sounds in a picture and in a tracker; all are written
 
 
 @torch.no_grad()
@@ -42,6 +45,58 @@ def draw_samples(
 def spread_labels(count: int, num_classes: int) -> torch.Tensor | None:
     """One label a sample, as many different ones as can be."""
     return torch.arange(count) * max(1, num_classes // max(1, count)) % num_classes if num_classes else None
+
+
+def with_metrics(
+    args,
+    accelerator,
+    generate: Callable[[torch.nn.Module, int], dict[str, float] | None] | None,
+    held_out: Callable[[], tuple[Iterable[np.ndarray], int]],
+    every: int = 1,
+) -> Callable[[torch.nn.Module, int], dict[str, float] | None] | None:
+    """
+    `generate` of the training loop, and after it the distances of the sounds that it has written to those held out.
+
+    Args:
+        held_out: The sounds that are held out, and their rate; called once.
+        every: Which of the sounds are the network's: all of them, or every second one.
+    """
+    if not args.validation_metrics or generate is None:
+        return generate
+
+    from tonefield.evaluation import AudioSet, evaluate, load_embedding
+
+    device = str(accelerator.device)
+    embedding = load_embedding(args.validation_embedding, device)
+    sets: list[AudioSet] = []
+
+    def generate_and_measure(network: torch.nn.Module, step: int) -> dict[str, float]:
+        values = generate(network, step) or {}
+        if not sets:
+            real, rate = held_out()
+            sets.append(AudioSet.of(list(real), rate, "held out"))
+        folder, name = Path(args.output_dir, "samples"), f"step-{step:07d}"
+        indices = range(every - 1, args.num_validation_samples * every, every)
+        files = [file for index in indices if (file := folder / f"{name}-{index}.wav").is_file()]
+        sounds = [soundfile.read(file, dtype="float32")[0] for file in files]
+        made = AudioSet.of(sounds, soundfile.info(files[0]).samplerate, name)
+        report = evaluate(sets[0], made, args.validation_metrics, [embedding], device=device, bootstrap=0)
+        return values | {f"validation_{result['metric']}": result["value"] for result in report["results"]}
+
+    return generate_and_measure
+
+
+@torch.no_grad()
+def held_out_mels(
+    data: TrainingData, size: int, to_mels: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[list[np.ndarray], int]:
+    """The sounds of the held-out mels, made audible as those of a network are."""
+    assert data.mel is not None
+    generator, sounds = torch.Generator().manual_seed(0), []
+    for batch in data.validation_batches(size):
+        mels = batch["clean"] if to_mels is None else to_mels(batch["clean"])
+        sounds += list(data.mel.decode(mels.float().cpu(), generator=generator).clamp(-1, 1).numpy())
+    return sounds, data.mel.config.sample_rate
 
 
 def show_samples(
@@ -74,24 +129,24 @@ def show_mels(
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"step-{step:07d}.png"
     mels = mels.float().cpu()
-    draw_mels(mels, front_end, picture, titles)
+    draw_mels(mels[:SHOWN], front_end, picture, titles)
     generator = torch.Generator().manual_seed(0)
     sounds = list(front_end.decode(mels.nan_to_num(), generator=generator).clamp(-1, 1).numpy())
     for index, sound in enumerate(sounds):
         soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, front_end.config.sample_rate)
     for tracker in trackers:
-        track(tracker, picture, sounds, front_end.config.sample_rate, step)
+        track(tracker, picture, sounds[:SHOWN], front_end.config.sample_rate, step)
 
 
 def show_sounds(sounds: torch.Tensor, rate: int, titles: list[str], folder: Path, step: int, trackers: list) -> None:
     """The same for samples that are sounds already, of shape (count, samples)."""
     folder.mkdir(parents=True, exist_ok=True)
     sounds, picture = sounds.nan_to_num().clamp(-1, 1), folder / f"step-{step:07d}.png"
-    draw_sounds(sounds, rate, picture, titles)
+    draw_sounds(sounds[:SHOWN], rate, picture, titles)
     for index, sound in enumerate(sounds.numpy()):
         soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, rate)
     for tracker in trackers:
-        track(tracker, picture, list(sounds.numpy()), rate, step)
+        track(tracker, picture, list(sounds[:SHOWN].numpy()), rate, step)
 
 
 def track(tracker, picture: Path, sounds: list[np.ndarray], rate: int, step: int) -> None:

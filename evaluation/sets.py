@@ -1,0 +1,430 @@
+"""Sets of recordings: what is in them, what cannot be used, and their embeddings, kept for the next time."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm.auto import tqdm
+
+from tonefield.command_line import UserError
+from tonefield.data.audio_files import AudioError, read_audio
+from tonefield.evaluation.statistics import GaussianStats
+
+
+if TYPE_CHECKING:
+    from tonefield.evaluation.embeddings import Embedding
+
+T, R = TypeVar("T"), TypeVar("R")
+
+SILENCE_DB = -60.0  # of full scale: a recording that peaks below is called silent
+RESAMPLER = "soxr HQ"
+FORMAT = 1  # of the cache; what an earlier number has written is computed anew
+CHUNK = (256, 2**25)  # recordings and samples that are in memory at a time, at most
+GROUP = (16, 60.0)  # recordings that a thread reads at a time, and their seconds
+HELD = 2**26  # samples that stay in memory after a file was looked at, so that it need not be read again
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tonefield" / "evaluation"
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
+    """`map` by several threads, in order, a few items ahead of what is asked for."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One file of a set. `digest` is the hash of its contents; audio in memory comes with its sampling rate."""
+
+    name: str
+    source: Any
+    digest: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    sampling_rate: int | None = None
+    peak: float = 0.0
+
+
+class EmbeddedSet:
+    """
+    The embeddings of a set: rows (n, d) of float32, a memory map as a rule, in the order of the files.
+
+    Args:
+        counts: How many rows each file has.
+    """
+
+    def __init__(self, rows: np.ndarray, counts: np.ndarray, stats: GaussianStats | None = None):
+        self.rows, self.counts = rows, counts
+        if stats is not None:
+            self.stats = stats
+        self.memo: dict[str, Any] = {}  # for what a metric computes of a set once and wants again
+
+    @cached_property
+    def stats(self) -> GaussianStats:
+        return GaussianStats.of(self.rows)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first row of each file, and the number of all rows."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    @property
+    def clips(self) -> np.ndarray:
+        """The index of the file that each row comes from."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def __len__(self) -> int:
+        """The number of files."""
+        return len(self.counts)
+
+    def of_clip(self, index: int) -> np.ndarray:
+        return self.rows[self.starts[index] : self.starts[index + 1]]
+
+    def thinned(self, most: int) -> "EmbeddedSet":
+        """About `most` rows: every second row of each file, say, which is much like the first. Each file keeps one."""
+        step = -(-len(self.rows) // most)
+        if step == 1 or (self.counts == 1).all():
+            return self
+        if f"thinned {step}" not in self.memo:
+            places = np.arange(len(self.rows)) - np.repeat(self.starts[:-1], self.counts)
+            kept = self.rows[np.flatnonzero(places % step == 0)]
+            self.memo[f"thinned {step}"] = EmbeddedSet(kept, -(-self.counts // step))
+        return self.memo[f"thinned {step}"]
+
+    def subset(self, indices: Sequence[int]) -> "EmbeddedSet":
+        """The embeddings of some of the files, in the order of `indices`, which may repeat one."""
+        indices = np.asarray(indices)
+        counts = self.counts[indices]
+        before = np.repeat(self.starts[indices] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        return EmbeddedSet(self.rows[before + np.arange(counts.sum())], counts)
+
+
+class SampleSet:
+    """
+    Files that are judged together, in the order of their names.
+
+    A subclass says how a file is read for an embedding (`load`).
+
+    Args:
+        name: What reports call the set.
+        samples: The files that can be used.
+        rejects: (name, reason) of those that cannot.
+        num_workers: Threads that read.
+        cache_dir: Where embeddings are kept; `None`: in a folder that goes with the process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: list[Sample],
+        rejects: Sequence[tuple[str, str]] = (),
+        num_workers: int = 2,
+        cache_dir: str | Path | None = None,
+    ):
+        self.name, self.samples, self.rejects = name, samples, list(rejects)
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.parent: SampleSet | None = None
+        self.indices: Sequence[int] = ()
+        self.memo: dict[str, Any] = {}  # for what a metric makes of a set once and wants again
+        self._embedded: dict[str, EmbeddedSet] = {}
+
+    def load(self, samples: Sequence[Sample], embedding: "Embedding") -> list[np.ndarray]:
+        """What an embedding is given of files."""
+        raise NotImplementedError
+
+    @property
+    def root(self) -> "SampleSet":
+        """The set that this one is a part of, or itself."""
+        return self if self.parent is None else self.parent.root
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the set."""
+        return {
+            "name": self.name,
+            "files": len(self),
+            "fingerprint": self.fingerprint,
+            "rejects": [{"file": file, "reason": reason} for file, reason in self.rejects],
+        }
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells sets apart: equal when the contents of all files are."""
+        return hashlib.sha256("".join(sample.digest for sample in self.samples).encode()).hexdigest()[:16]
+
+    def subset(self, indices: Sequence[int]) -> "SampleSet":
+        """Some of the files. Their embeddings are those of the whole set, computed once."""
+        part = object.__new__(type(self))
+        part.__dict__.update({k: v for k, v in vars(self).items() if k != "fingerprint"})
+        part.samples = [self.samples[index] for index in indices]
+        part.parent, part.indices, part.memo = self, indices, {}
+        return part
+
+    def embed(self, embedding: "Embedding", batch_size: int = 32) -> EmbeddedSet:
+        """The embeddings of all files: from memory, from the cache, or computed in batches."""
+        if self.parent is not None:
+            return self.parent.embed(embedding, batch_size).subset(self.indices)
+        what = [FORMAT, self.fingerprint, embedding.fingerprint(), embedding.sampling_rate, embedding.windowing]
+        key = hashlib.sha256(json.dumps([*what, RESAMPLER]).encode()).hexdigest()[:32]
+        if key not in self._embedded:
+            if self.cache_dir is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="tonefield-")
+                folder = Path(self._scratch.name, key)
+            else:
+                folder = Path(self.cache_dir, key)
+            if not (folder / "stats.npz").is_file():
+                self._compute(embedding, batch_size, folder, what)
+            self._embedded[key] = read_embedded(folder)
+        return self._embedded[key]
+
+    def _compute(self, embedding: "Embedding", batch_size: int, folder: Path, what: list) -> None:
+        """Writes rows as they come, so that memory does not grow with the set; the folder is complete or not there."""
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(f"--cache_dir {folder.parent} cannot be written: {error.strerror}.") from None
+        try:
+            stats, counts = GaussianStats.empty(embedding.dim), []
+            with (partial / "rows.f32").open("wb") as file:
+                for inputs in self._chunks(embedding):
+                    rows = embedding.embed(inputs, batch_size)
+                    joined = np.concatenate(rows).astype(np.float32)
+                    if not np.isfinite(joined).all():
+                        bad = next(i for i, of in enumerate(rows) if not np.isfinite(of).all())
+                        name = self.samples[len(counts) + bad].name
+                        raise UserError(f"{embedding.name} makes numbers that are not finite of {name}.")
+                    file.write(joined.tobytes())
+                    stats.update(joined)
+                    counts += map(len, rows)
+            about = json.dumps({"what": what, "resampler": RESAMPLER, "embedding": embedding.name})
+            np.savez(partial / "stats.npz", counts=counts, mean=stats.mean, scatter=stats.scatter, about=about)
+            try:
+                partial.rename(folder)
+            except OSError:  # another process was faster
+                if not (folder / "stats.npz").is_file():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _groups(self) -> Iterator[list[Sample]]:
+        """The files in handy portions."""
+        group: list[Sample] = []
+        for sample in self.samples:
+            group.append(sample)
+            if len(group) == GROUP[0] or sum(one.seconds for one in group) >= GROUP[1]:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _chunks(self, embedding: "Embedding") -> Iterator[list[np.ndarray]]:
+        chunk, size = [], 0
+        loaded = in_parallel(lambda some: self.load(some, embedding), self._groups(), self.num_workers)
+        files = itertools.chain.from_iterable(loaded)
+        bar = tqdm(files, f"{embedding.name}: {self.name}", len(self), unit="file", disable=None, leave=False)
+        for data in bar:
+            chunk.append(data)
+            size += data.size
+            if len(chunk) == CHUNK[0] or size >= CHUNK[1]:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+
+def read_embedded(folder: Path) -> EmbeddedSet:
+    with np.load(folder / "stats.npz", allow_pickle=False) as file:
+        counts, mean, scatter = file["counts"], file["mean"], file["scatter"]
+    n = int(counts.sum())
+    rows = np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, len(mean)))
+    # Fewer rows than dimensions tell all there is to know of a covariance, and more quickly than it does.
+    return EmbeddedSet(rows, counts, GaussianStats.of(rows) if n <= len(mean) else GaussianStats(n, mean, scatter))
+
+
+class AudioSet(SampleSet):
+    """Recordings. `AudioSet.open` reads a folder, `AudioSet.of` takes sounds in memory."""
+
+    class_names: Sequence[str] = ()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        num_workers: int = 2,
+        cache_dir: str | Path | None = None,
+        flag: str = "",
+    ) -> "AudioSet":
+        """
+        The recordings below a folder, with what metadata files and folders say of them.
+
+        Every file is read once, for its hash, length and peak; a known hash saves the rest. Files that cannot be used
+        come into `rejects`, with the reason. `flag` is what an error calls the folder.
+        """
+        from tonefield.data.audio_folder import AudioFolder
+
+        source = AudioFolder(folder, flag)
+        samples, rejects, held, size = [], list(source.rejects), {}, 0
+        digests = list(in_parallel(_digest, source, num_workers))
+        note = None
+        if cache_dir is not None:
+            what = [
+                FORMAT,
+                *((Path(recording.name).suffix, of) for recording, of in zip(source, digests, strict=True)),
+            ]
+            note = Path(cache_dir, f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json")
+        found = _read_note(note) if note else None
+        if found is None:
+            scanned = in_parallel(_scan, source, num_workers)
+            bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
+            found = []
+            for recording, (facts, sound) in zip(source, bar, strict=True):
+                found.append(facts)
+                if sound is not None and size + len(sound) <= HELD:
+                    held[recording.name] = sound, facts[2]
+                    size += len(sound)
+            if note:
+                _write_note(note, found)
+        for recording, digest, (reason, *facts) in zip(source, digests, found, strict=True):
+            if reason is None:
+                samples.append(Sample(recording.name, recording.audio, digest, recording.columns, *facts))
+            else:
+                rejects.append((recording.name, reason))
+        if not samples:
+            raise UserError(
+                f"None of the {len(source)} recordings in {folder} can be used; {rejects[0][0]} {rejects[0][1]}."
+            )
+        opened = cls(str(folder), samples, sorted(rejects), num_workers, cache_dir)
+        opened.class_names = getattr(source.features.get("label"), "names", ())
+        opened.warnings, opened.held = source.warnings, held
+        return opened
+
+    @classmethod
+    def of(
+        cls, sounds: Sequence[np.ndarray], sampling_rate: int, name: str = "sounds", columns: Sequence[dict] = ()
+    ) -> "AudioSet":
+        """Sounds in memory, each of shape (samples,)."""
+        samples = []
+        for index, sound in enumerate(sounds):
+            sound = np.ascontiguousarray(sound, np.float32)
+            if sound.ndim != 1 or len(sound) == 0 or not np.isfinite(sound).all():
+                raise ValueError(f"Sound {index} is not a line of finite numbers; its shape is {sound.shape}.")
+            digest = hashlib.sha256(sound.tobytes() + str(sampling_rate).encode()).hexdigest()
+            samples.append(
+                Sample(
+                    f"{index:05d}", (sound, sampling_rate), digest, columns[index] if columns else {},
+                    len(sound) / sampling_rate, sampling_rate, float(np.abs(sound).max()),
+                )
+            )  # fmt: skip
+        return cls(name, samples)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.warnings: list[str] = []
+        self.held: dict[str, tuple[np.ndarray, int]] = {}  # sounds, and their rates
+
+    @property
+    def silent(self) -> list[str]:
+        """The files that are too quiet to be heard. They count like all others."""
+        return [sample.name for sample in self.samples if sample.peak < 10 ** (SILENCE_DB / 20)]
+
+    @property
+    def labels(self) -> list[int | None]:
+        """The class of each file, a place in `class_names`."""
+        return [sample.columns.get("label") for sample in self.samples]
+
+    def about(self) -> dict[str, Any]:
+        rates = Counter(sample.sampling_rate for sample in self.samples)
+        return super().about() | {
+            "seconds": sum(sample.seconds for sample in self.samples),
+            "sampling_rates": {str(rate or "unknown"): count for rate, count in sorted(rates.items(), key=str)},
+            "silent": self.silent,
+        }
+
+    def load(self, samples: Sequence[Sample], embedding: "Embedding") -> list[np.ndarray]:
+        return self._read(samples, embedding.sampling_rate)
+
+    def waveforms(self, sampling_rate: int) -> Iterator[np.ndarray]:
+        """The sounds as mono float32 at a rate, in order, read ahead by several threads."""
+        groups = in_parallel(lambda group: self._read(group, sampling_rate), self._groups(), self.num_workers)
+        yield from itertools.chain.from_iterable(groups)
+
+    def _read(self, samples: Sequence[Sample], sampling_rate: int) -> list[np.ndarray]:
+        held = (replace(one, source=self.held[one.name]) if one.name in self.held else one for one in samples)
+        return [read_sample(sample, sampling_rate) for sample in held]
+
+
+def read_sample(sample: Sample, sampling_rate: int) -> np.ndarray:
+    """A sound as mono float32 samples, resampled by soxr at high quality."""
+    if isinstance(sample.source, tuple):
+        sound, rate = sample.source
+        return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate, quality="HQ")
+    try:
+        return read_audio(sample.source, sampling_rate)
+    except AudioError as error:  # it could be read a moment ago
+        raise UserError(f"{sample.name} {error}.") from None
+
+
+def _digest(recording) -> str:
+    try:
+        with recording.audio.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be opened ({error.strerror or error})"
+
+
+def _scan(recording) -> tuple[tuple, np.ndarray | None]:
+    """Reads a file once: (why it cannot be used, seconds, sampling rate, peak), and its sound at that rate."""
+    try:
+        rate = soundfile.info(str(recording.audio)).samplerate
+    except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
+        rate = None
+    try:
+        sound = read_audio(recording.audio, rate or 48000)
+    except AudioError as error:
+        return (str(error),), None
+    return (None, len(sound) / (rate or 48000), rate, float(np.abs(sound).max())), sound if rate else None
+
+
+def _read_note(note: Path) -> list | None:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_note(note: Path, facts: list) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".partial-", delete=False) as file:
+            file.write(json.dumps(facts))
+        os.replace(file.name, note)
+    except OSError as error:
+        raise UserError(f"--cache_dir {note.parent} cannot be written: {error.strerror}.") from None
