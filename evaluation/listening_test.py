@@ -300,7 +300,7 @@ def _choose(sets, systems: Sequence[str], kind: str, items: int, rng: np.random.
         name: {sample.name.rpartition(".")[0]: sample for sample in set_.samples} for name, set_ in sets.items()
     }
     notes = [
-        f"{name}: {len(set_.rejects)} files cannot be used, {set_.rejects[0][0]} {set_.rejects[0][1]}."
+        f"{name}: files that cannot be used: {len(set_.rejects)}, first {set_.rejects[0][0]}, {set_.rejects[0][1]}."
         for name, set_ in sets.items()
         if set_.rejects
     ]

@@ -293,7 +293,9 @@ function start() {
   // -- keys and buttons
 
   document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || find("item").hidden) return;
+    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!find("intro").hidden && event.key === "Enter" && !event.target.closest("button")) return find("begin").click();
+    if (find("item").hidden) return;
     const target = event.target.closest("button, input:not(:checked)");
     const digit = /^[1-9]$/.test(event.key) ? Number(event.key) : 0;
     if (event.key === " " && !target) play(playing ?? soundToPlay(heard, last));

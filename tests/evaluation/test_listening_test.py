@@ -163,7 +163,7 @@ def test_what_cannot_be_aligned_or_read_is_said(folders, tmp_path):
     (odd / "lapwing_2.wav").write_bytes(b"no sound")
     key, page = write({**folders, "zebrafinch": odd}, tmp_path / "out")
     notes = "\n".join(key["notes"])
-    assert "zebrafinch: 1 files cannot be used, lapwing_2.wav cannot be read" in notes
+    assert "zebrafinch: files that cannot be used: 1, first lapwing_2.wav, cannot be read" in notes
     assert "silent, and left as they are: zebrafinch: lapwing_1.wav." in notes
     assert "too peaky for -23 LUFS without clipping, so less loud than the others: zebrafinch: lapwing_0.wav" in notes
     assert "2 sounds of each system, not 20" in notes
@@ -288,7 +288,6 @@ def test_by_keyboard_with_a_reload_in_the_middle(browser, folders, tmp_path, cap
     total = len(key["items"])
     with Visitor(browser, path) as visitor:
         page, press = visitor.page, visitor.page.keyboard.press
-        page.locator("#begin").focus()
         press("Enter")
         order = visitor.order()
         for place, item in enumerate(order):
