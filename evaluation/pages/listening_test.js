@@ -171,7 +171,12 @@ function start() {
       audio.pause();
       return;
     }
+    sound();
+  }
+
+  function sound() {
     audio.play().catch((error) => {
+      // An AbortError says that it was paused before it began.
       if (error.name !== "AbortError") say("This sound cannot be played by your browser.");
     });
   }
@@ -323,7 +328,7 @@ function start() {
     playing = null;
     if (!audio.paused) return audio.pause();
     load(test.noise);
-    audio.play();
+    sound();
   });
   for (const name of ["play", "pause"]) {
     audio.addEventListener(name, () => {

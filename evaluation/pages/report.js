@@ -17,7 +17,7 @@ for (const { figure, audio, picture, head } of sounds) {
     if (!audio.paused) return audio.pause();
     for (const other of sounds) other.audio.pause();
     audio.currentTime = 0;
-    audio.play();
+    audio.play().catch(() => {}); // another click came first
   });
   audio.addEventListener("play", () => {
     figure.classList.add("playing");

@@ -237,6 +237,17 @@ def test_listeners_who_do_not_listen_are_left_out_and_named():
         analyse_listening(bad[1:], without)
 
 
+def test_anchors_do_not_count_for_agreement():
+    """Everybody can tell them, so with them any listeners would agree."""
+    key = make_key()
+    rng = np.random.default_rng(0)
+    sheets = [
+        sheet(key, f"listener {n}", lambda systems, item: 1 if systems == ["anchor"] else int(rng.integers(2, 6)))
+        for n in range(8)
+    ]
+    assert abs(analyse_listening(sheets, key, keep_all=True)["alpha"]) < 0.1
+
+
 def test_parts_and_second_files_of_a_listener():
     key = make_key()
     sheets = raters(key, 3, 2)

@@ -70,6 +70,7 @@ def test_page_says_nothing_of_systems_and_files(folders, tmp_path):
         assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
         assert names == sorted(test["sounds"]) + sorted(key["items"])  # the order says nothing either
         assert all(set(item) == {"id", "sounds"} for item in test["items"])
+        assert all(item["sounds"] == sorted(item["sounds"]) for item in test["items"])
 
 
 def test_names_and_order_are_new_for_every_test(folders, tmp_path):
@@ -77,6 +78,10 @@ def test_names_and_order_are_new_for_every_test(folders, tmp_path):
     assert not set(keys[0]["items"]) & set(keys[1]["items"])
     files = [[(clip["system"], clip["file"]) for clip in key["sounds"].values()] for key in keys]
     assert files[0] == files[1]  # what the seed decides
+    for seed in range(6):
+        key, _ = write(folders, tmp_path / f"seed {seed}", items=1, seed=seed)
+        files.append([clip["file"] for clip in key["sounds"].values() if clip["system"] == "nightjar"])
+    assert len(set(map(tuple, files[2:]))) == 3  # any of the files may be chosen
 
 
 def test_sounds_are_alike_in_all_but_the_system(folders, tmp_path):
@@ -168,7 +173,18 @@ def test_what_cannot_be_aligned_or_read_is_said(folders, tmp_path):
     assert "too peaky for -23 LUFS without clipping, so less loud than the others: zebrafinch: lapwing_0.wav" in notes
     assert "2 sounds of each system, not 20" in notes
     assert key["rejects"]["zebrafinch"][0][0] == "lapwing_2.wav"
-    assert max(np.abs(sound_of(text)[0]).max() for text in data_of(page)["sounds"].values()) <= 0.9901
+    sounds = data_of(page)["sounds"]
+    (peaky,) = (
+        name for name, c in key["sounds"].items() if (c["system"], c["file"]) == ("zebrafinch", "lapwing_0.wav")
+    )
+    assert sound_of(sounds[peaky])[0].max() == pytest.approx(0.99, abs=1e-4)
+
+
+def test_noise_to_set_the_volume_by_is_pink(folders, tmp_path):
+    noise, rate = sound_of(data_of(write(folders, tmp_path)[1])["noise"])
+    power = np.abs(np.fft.rfft(noise)) ** 2
+    octaves = [power[100 * 2**n * len(noise) // rate : 200 * 2**n * len(noise) // rate].sum() for n in range(6)]
+    assert max(octaves) / min(octaves) < 2  # white noise: 32
 
 
 def test_large_pages_are_said_to_be_large(folders, tmp_path, monkeypatch):
