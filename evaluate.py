@@ -94,7 +94,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         " (default: %(default)s)",
     )
     out = parser.add_argument_group("report and running")
-    out.add_argument("--out", metavar="FILE.json", help="where the report is written")
+    out.add_argument("--out", metavar="FILE.json", help="where the report is written: numbers, and FILE.html to read")
+    out.add_argument(
+        "--samples", type=int, default=4, metavar="N", help="sounds of each set on the page (default: %(default)s)"
+    )
     out.add_argument("--device", help="where networks compute (default: the GPU if there is one)")
     out.add_argument("--batch_size", type=int, default=32, metavar="N", help="(default: %(default)s)")
     out.add_argument(
@@ -111,7 +114,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     out.add_argument("--no_cache", action="store_true", help="keep no embeddings")
     args = parse(parser, argv)
 
-    for name, least in {"batch_size": 1, "num_workers": 1, "bootstrap": 0}.items():
+    for name, least in {"batch_size": 1, "num_workers": 1, "bootstrap": 0, "samples": 0}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} is at least {least}, not {getattr(args, name)}")
     if not args.precision > 0:
@@ -134,6 +137,8 @@ def check_out(out: str) -> None:
     path = Path(out)
     if path.is_dir():
         raise UserError(f"--out {out} is a folder: name a file, such as {path / 'report.json'}.")
+    if path.suffix == ".html":
+        raise UserError(f"--out {out} would be both the numbers and the page: name {path.with_suffix('.json')}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
@@ -170,7 +175,9 @@ def compare(args: argparse.Namespace) -> None:
     """What is done without a sub-command."""
     if args.out:
         check_out(args.out)
-    report, *_ = run_metrics(args.reference, args.generated, args.metrics, args.embeddings, options_from(args))
+    report, generated, references = run_metrics(
+        args.reference, args.generated, args.metrics, args.embeddings, options_from(args)
+    )
     for one in (report["generated"], *report["references"]):
         rates = ", ".join(f"{count} at {rate} Hz" for rate, count in one["sampling_rates"].items())
         print(f"{one['name']}: {one['files']} files, {one['seconds']:.0f} s ({rates})")
@@ -183,10 +190,13 @@ def compare(args: argparse.Namespace) -> None:
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if args.out:
+        from tonefield.evaluation.report import write_report
+
         # Not a number has no place in JSON.
         Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-        # report.html is written here, from `report`, `generated` and `references`.
-        print(f"the report is in {args.out}")
+        page = Path(args.out).with_suffix(".html")
+        write_report(report, generated, references, page, args.samples)
+        print(f"the report is in {args.out}, with plots and sounds in {page}")
 
 
 def main(args: argparse.Namespace) -> None:

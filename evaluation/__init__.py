@@ -7,7 +7,10 @@ from tonefield._lazy import attach
 
 if TYPE_CHECKING:
     from .embeddings import load_embedding as load_embedding
+    from .listening_results import analyse_listening as analyse_listening
+    from .listening_test import make_listening_test as make_listening_test
     from .metrics import evaluate as evaluate
+    from .report import write_report as write_report
     from .sets import AudioSet as AudioSet
     from .statistics import GaussianStats as GaussianStats
     from .statistics import frechet_distance as frechet_distance
@@ -17,8 +20,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "AudioSet": "sets",
         "GaussianStats": "statistics",
+        "analyse_listening": "listening_results",
         "evaluate": "metrics",
         "frechet_distance": "statistics",
         "load_embedding": "embeddings",
+        "make_listening_test": "listening_test",
+        "write_report": "report",
     },
 )

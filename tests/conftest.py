@@ -38,6 +38,21 @@ def digit_files(tmp_path_factory) -> list[Path]:
     return sorted(folder.glob("*.wav"))
 
 
+# Not for the whole session: while Playwright runs, no other event loop can.
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium, headless; without it, or without Playwright, the tests are skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=chromium, args=[*flags, "--disable-sync", "--disable-quic"])
+        yield chromium
+        chromium.close()
+
+
 # For all tests of training. Its imports are heavy, and most tests do without.
 
 
