@@ -81,9 +81,9 @@ def read_checkpoint(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
-    except OSError:
-        raise
     except Exception as error:  # whatever a reader stumbles over in bytes that are none
+        if isinstance(error, (PermissionError, IsADirectoryError)):
+            raise
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{file} wants to use {forbidden[1]}, which is neither a tensor nor a plain container: it was not run,"
