@@ -19,6 +19,7 @@ import scipy.linalg
 import soundfile
 import torch
 
+import tonefield.data.audio_folder  # noqa: F401 (what takes a second to import is no part of the comparison)
 from tonefield.data.synthetic import KINDS, synthesize
 from tonefield.evaluation import evaluate, load_embedding
 from tonefield.evaluation.cnn14 import CNN14

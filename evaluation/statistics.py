@@ -45,12 +45,13 @@ class GaussianStats:
             raise ValueError(f"Rows have shape (n, {len(self.mean)}), not {rows.shape}.")
         if len(rows) == 0:
             return
-        rows = np.asarray(rows, np.float64)
+        rows, n = np.asarray(rows, np.float64), self.n + len(rows)
         mean = rows.mean(0)
-        centred = rows - mean
-        merged = self.merge(GaussianStats(len(rows), mean, centred.T @ centred))
-        self.n, self.mean, self.scatter = merged.n, merged.mean, merged.scatter
-        self._cached_factor = None
+        shift = mean - self.mean
+        # What `merge` does, with the shift of the means as one more row of the product.
+        deviations = np.concatenate([rows - mean, [shift * np.sqrt(self.n * len(rows) / n)]])
+        self.scatter += deviations.T @ deviations
+        self.n, self.mean, self._cached_factor = n, self.mean + shift * (len(rows) / n), None
 
     def merge(self, other: "GaussianStats") -> "GaussianStats":
         n = self.n + other.n
