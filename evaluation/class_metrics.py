@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from tonefield.evaluation.metrics import Comparison
+from tonefield.evaluation.posteriors import log_posteriors, posterior_model
 from tonefield.evaluation.sets import AudioSet, EmbeddedSet, Sample
 
 
@@ -109,8 +110,8 @@ def number_of_different_bins(
     """
     NDB and the number of bins (Richardson and Weiss 2018): the bins are clusters of the reference.
 
-    Each feature is scaled to unit variance. Two sets of one law differ in a share `alpha` of the bins. By default there
-    are up to 50 bins, with twenty of the reference in each on average.
+    Each feature is scaled to unit variance. Two sets of one law differ in a share `alpha` of the bins. By default
+    there are up to 50 bins, with twenty of the reference in each on average.
     """
     bins = bins or max(2, min(50, len(reference) // 20))
     if len(reference) < 2 * bins:
@@ -156,22 +157,17 @@ def wanted_class(sample: Sample, labels: list[str], class_names: Any = ()) -> st
 # ----- metrics
 
 
-def _logits(comparison: Comparison):
-    """The classifier, kept for the next metric."""
-    from tonefield.evaluation.posteriors import posterior_model
-
+def _model(comparison: Comparison) -> Any:
     return posterior_model(comparison.generated, comparison.options)
 
 
 def _log_posteriors(which: AudioSet, comparison: Comparison) -> np.ndarray:
-    from tonefield.evaluation.posteriors import log_posteriors
-
-    return log_posteriors(which.embed(_logits(comparison), comparison.options.batch_size))
+    return log_posteriors(which.embed(_model(comparison), comparison.options.batch_size))
 
 
 def _about(comparison: Comparison) -> dict[str, Any]:
     """What every result has: the classifier, what it is worth, and a warning if that is little."""
-    model = _logits(comparison)
+    model = _model(comparison)
     card = getattr(model, "card", {})
     about = {"clips": [len(comparison.generated)], "model": model.name}
     if (accuracy := card.get("accuracy")) is not None:
@@ -187,7 +183,7 @@ def _score(comparison: Comparison, name: str, score) -> dict[str, Any]:
     if comparison.options.bootstrap:
         result["interval"] = bootstrap_interval(score, log_p, comparison.options.seed)
     # No set of real recordings reaches the ideal of a score: this is how far they come.
-    real = getattr(_logits(comparison), "card", {}).get("held_out", {}).get(name)
+    real = getattr(_model(comparison), "card", {}).get("held_out", {}).get(name)
     return result | ({} if real is None else {"held_out_recordings": real})
 
 
@@ -212,7 +208,7 @@ def am(comparison: Comparison) -> dict[str, Any]:
 
 def accuracy(comparison: Comparison) -> dict[str, Any]:
     """The share of files that the classifier takes for what they were made for, and which classes it confuses."""
-    model, generated = _logits(comparison), comparison.generated
+    model, generated = _model(comparison), comparison.generated
     labels = getattr(model, "labels", None)
     if labels is None:
         raise ValueError(f"{model.name} does not tell the names of its classes.")

@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from tonefield.command_line import UserError, first_line
-from tonefield.evaluation.embeddings import Embedding
+from tonefield.evaluation.embeddings import Embedding, fingerprint_of
 from tonefield.models.mel_spectrogram import MelSpectrogram
 
 
@@ -80,8 +80,8 @@ class SoundClassifier(ModelMixin, ConfigMixin):
     def forward(self, waveform: torch.Tensor) -> SoundClassifierOutput:
         """
         Args:
-            waveform (`torch.Tensor` of shape `(batch, samples)`): At `sampling_rate`, at most `front_end.slice_samples`
-                samples; silence completes them.
+            waveform (`torch.Tensor` of shape `(batch, samples)`):
+                At `sampling_rate`, at most `front_end.slice_samples` samples; silence completes them.
         """
         missing = self.front_end.slice_samples - waveform.shape[-1]
         if missing < 0:
@@ -90,6 +90,14 @@ class SoundClassifier(ModelMixin, ConfigMixin):
                 " cut it with `classifier.front_end.slices` and take the mean of the probabilities."
             )
         return self.classify(self.front_end.encode(nn.functional.pad(waveform, (0, missing))))
+
+
+def is_sound_classifier(path: str) -> bool:
+    """Whether a folder, or a repository on the Hub, holds a [`SoundClassifier`]."""
+    try:
+        return SoundClassifier.load_config(path).get("_class_name") == SoundClassifier.__name__
+    except (OSError, ValueError):
+        return False
 
 
 def load_sound_classifier(path: str, device: torch.device | str = "cpu") -> SoundClassifier:
@@ -109,6 +117,8 @@ def load_sound_classifier(path: str, device: torch.device | str = "cpu") -> Soun
 class _ClassifierRows(Embedding):
     """A row for each piece of a sound, as long as what the classifier was trained on."""
 
+    mixed_lengths = True  # silence completes all pieces to one length
+
     def __init__(self, weights: str, device: torch.device | str = "cpu"):
         self.model = load_sound_classifier(weights, device)
         self.labels, self.card = self.model.labels, self.model.config.card or {}
@@ -117,9 +127,8 @@ class _ClassifierRows(Embedding):
         self.least = self.window // 4
 
     def fingerprint(self) -> str:
-        from tonefield.evaluation.embeddings import fingerprint_of
-
-        return fingerprint_of(self.model, type(self).__name__, 1, self.model.front_end.fingerprint())
+        c = self.model.config
+        return fingerprint_of(self.model, type(self).__name__, 1, self.labels, c.mel, c.temperature)
 
 
 class ClassifierFeatures(_ClassifierRows):

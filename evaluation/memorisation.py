@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tonefield.evaluation.class_metrics import share_interval
 from tonefield.evaluation.embeddings import Embedding
 from tonefield.evaluation.metrics import Comparison
 from tonefield.evaluation.sets import AudioSet, EmbeddedSet, read_sample
@@ -92,7 +91,7 @@ def density_coverage(
 
 
 def normalize(sound: np.ndarray) -> np.ndarray:
-    """A sound from where it first comes within 40 dB of its peak to where it last does, at a root mean square of 0.1."""
+    """A sound from where it first comes within 40 dB of its peak to where it last does, at an RMS of 0.1."""
     loud = np.flatnonzero(np.abs(sound) > np.abs(sound).max() / 100)
     if len(loud) == 0:
         return sound
@@ -129,6 +128,19 @@ def clip_rows(embedded: EmbeddedSet) -> np.ndarray:
     return sums / embedded.counts[:, None]
 
 
+def nearness_interval(held_out: np.ndarray, generated: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """
+    A 95 % interval of the share of distances below the `NEAR` quantile of those of held-out recordings.
+
+    Both sets are drawn anew, with replacement: of few held-out recordings the quantile itself is uncertain.
+    """
+    rng = np.random.default_rng(seed)
+    limits = [np.quantile(rng.choice(held_out, len(held_out)), NEAR) for _ in range(500)]
+    shares = [np.mean(rng.choice(generated, len(generated)) < limit) for limit in limits]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return float(low), float(high)
+
+
 # ----- metrics
 
 
@@ -139,6 +151,7 @@ def _rows(which: AudioSet, embedding: Embedding, comparison: Comparison) -> np.n
 def _scaled(*sets: np.ndarray) -> list[np.ndarray]:
     """All sets with each number in units of its spread in the first one, so that none decides alone."""
     spread = sets[0].std(0)
+    spread = np.maximum(spread, spread.max() / 10)  # what hardly varies is noise
     return [rows / np.where(spread > 0, spread, 1) for rows in sets]
 
 
@@ -173,7 +186,7 @@ def memorisation(comparison: Comparison) -> dict[str, Any]:
             "correlation": correlation(*sounds),
         })  # fmt: skip
     copies = [pair for pair in pairs if pair["correlation"] > COPY]
-    interval, warnings = share_interval(int(near.sum()), len(near)), []
+    interval, warnings = nearness_interval(theirs, distances, options.seed), []
     if copies:
         warnings.append(
             f"{len(copies)} of the {len(pairs)} nearest pairs are copies, the first one {copies[0]['file']} of"
@@ -199,8 +212,6 @@ def open_training_set(comparison: Comparison) -> AudioSet:
     """What the model was trained on, read once however many metrics and references there are."""
     options, root = comparison.options, comparison.generated
     assert options.training_set is not None
-    if isinstance(options.training_set, AudioSet):
-        return options.training_set
     if "training" not in root.memo:
         root.memo["training"] = AudioSet.open(
             options.training_set, options.num_workers, options.cache_dir, "--training_set"
@@ -210,9 +221,8 @@ def open_training_set(comparison: Comparison) -> AudioSet:
 
 def _shares(comparison: Comparison, function, names: tuple[str, str]) -> list[dict[str, Any]]:
     assert comparison.reference is not None and comparison.embedding is not None
-    reference, generated = _scaled(
-        *(_rows(one, comparison.embedding, comparison) for one in (comparison.reference, comparison.generated))
-    )
+    sets = (comparison.reference, comparison.generated)
+    reference, generated = (_rows(one, comparison.embedding, comparison) for one in sets)
     found = function(reference, generated, device=comparison.options.device or "cpu")
     about = {"k": NEIGHBOURS, "clips": [len(reference), len(generated)]}
     return [{"metric": name, "value": float(of.mean())} | about for name, of in zip(names, found, strict=True)]

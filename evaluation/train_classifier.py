@@ -196,8 +196,8 @@ def read_labelled(args: argparse.Namespace) -> Labelled:
         raise UserError(f"A classifier needs two classes or more, and these recordings have {len(names)}.")
     if len(names) > 0.5 * len(texts):
         raise UserError(
-            f"{len(texts)} recordings have {len(names)} classes, such as {names[0]!r}: --label_column names a column of"
-            " classes that several recordings share."
+            f"{len(texts)} recordings have {len(names)} classes, such as {names[0]!r}: --label_column names a column"
+            " of classes that several recordings share."
         )
     if few := [name for name in names if counts[name] < 2]:
         raise UserError(f"The class {few[0]!r} has one recording, of which none can be held out: add some.")
@@ -258,9 +258,7 @@ def choose_mel(data: Labelled, seconds: float | None) -> dict[str, Any]:
     if seconds is None:
         seconds = min(MOST_SECONDS, float(np.quantile([len(sound) for sound in data.sounds], 0.99)) / rate)
     frames = max(16, math.ceil(seconds * rate / (n_fft // 4)) + 1)
-    return dict(
-        sample_rate=rate, n_fft=n_fft, hop_length=n_fft // 4, n_mels=min(64, rate // 60), num_frames=frames
-    )
+    return dict(sample_rate=rate, n_fft=n_fft, hop_length=n_fft // 4, n_mels=min(64, rate // 60), num_frames=frames)
 
 
 def make_mels(data: Labelled, mel, batch_size: int) -> "tuple[torch.Tensor, torch.Tensor]":
