@@ -6,6 +6,7 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .classifier import SoundClassifier as SoundClassifier
     from .embeddings import load_embedding as load_embedding
     from .listening_results import analyse_listening as analyse_listening
     from .listening_test import make_listening_test as make_listening_test
@@ -20,6 +21,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "AudioSet": "sets",
         "GaussianStats": "statistics",
+        "SoundClassifier": "classifier",
         "analyse_listening": "listening_results",
         "evaluate": "metrics",
         "frechet_distance": "statistics",
