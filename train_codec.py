@@ -213,9 +213,9 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
-    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
     crop = codec.num_frames(round(args.crop_seconds * codec.sampling_rate)) * codec.hop_length
     data, held_out = open_audio(args, accelerator, codec.sampling_rate, crop)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
     sizes, mel = window_sizes(codec.sampling_rate), make_mel(codec.sampling_rate)
 
     def compute_loss(network, batch, generators):

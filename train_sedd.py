@@ -38,7 +38,7 @@ SCHEDULES = {
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    data = add_data_arguments(parser)
+    data = add_data_arguments(parser, max_validation_samples=None)
     data.add_argument(
         "--seq_length",
         type=int,
@@ -117,7 +117,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="noise levels at which every held-out sequence is looked at (default: %(default)s)",
     )
     add_training_arguments(parser)
-    parser.set_defaults(max_validation_samples=None, learning_rate=3e-4, lr_warmup_steps=2500)
+    parser.set_defaults(learning_rate=3e-4, lr_warmup_steps=2500)
     args = parse(parser, argv)
 
     check_arguments(parser, args, "audio_to_tokens.py")
@@ -366,11 +366,11 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
-    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     tokenizer, encoder = open_text_encoder(args)
     data = open_tokens(args, args.layout, tokenizer and Words(tokenizer))
     scheduler = make_scheduler(args, data.codec)
     transformer = make_transformer(args, data, scheduler, encoder and encoder.config.d_model)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     if encoder is not None:
         encoder.to(accelerator.device)
 

@@ -389,7 +389,6 @@ def main(args: argparse.Namespace) -> None:
     from tonefield.training.validation import with_metrics
 
     accelerator = make_accelerator(args)
-    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     pretrained = open_pretrained(args) if args.from_pretrained is not None else None
     known = {} if pretrained is None else pretrained.components
     if pretrained is None:
@@ -422,6 +421,7 @@ def main(args: argparse.Namespace) -> None:
         add_lora(args, unet)
     if args.objective in WITH_CHARGES:
         prepare_charges(args, data, accelerator.num_processes)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     if encoder is not None:
         with accelerator.local_main_process_first():  # the others find in the cache what this one has encoded
             texts = add_texts(args, data, tokenizer, encoder, accelerator.device, accelerator.is_main_process)

@@ -298,13 +298,13 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_latents:
         check_cache_folder(args)
     accelerator = make_accelerator(args)
-    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
     data = open_data(args)
     mel = data.mel
     if data.vae or mel is None:
         raise UserError(f"{args.dataset_name} holds latents: an autoencoder is trained on the mels they were made of.")
     vae = make_vae(args, data)
     opponent = make_discriminator(args, data)
+    repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
     compute_loss = make_loss(args, mel, accelerator)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import os
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 
 
@@ -74,9 +75,16 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
             adapter_name (`str`, *optional*): What to call it in `set_adapters` and `delete_adapters`.
             kwargs: What else diffusers' `lora_state_dict` takes: `weight_name`, `subfolder`, `revision`, `token`, ...
         """
-        weights, alphas, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, use_safetensors=True, return_lora_metadata=True, **kwargs
-        )
+        given = pretrained_model_name_or_path_or_dict
+        if not isinstance(given, dict) and not os.path.isfile(given):
+            kwargs.setdefault("weight_name", LORA_WEIGHT_NAME_SAFE)
+        try:
+            weights, alphas, metadata = self.lora_state_dict(
+                given, use_safetensors=True, return_lora_metadata=True, **kwargs
+            )
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"{given} is no LoRA that can be read, here or on the Hub: {reason}") from error
         check_lora(self.unet, weights)
         base = (metadata or {}).pop("unet.base_model_name_or_path", None)
         alone = self.unet.dtype == torch.float32 and not getattr(self.unet, "peft_config", None)

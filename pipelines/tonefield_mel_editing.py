@@ -48,6 +48,8 @@ def is_spans(mask: Mask) -> TypeGuard[Sequence[tuple[float, float]]]:
 def read_frames(mask: Mask, num_frames: int) -> torch.Tensor:
     """A mask given frame by frame, as bool of shape (1, num_frames) or (batch, num_frames)."""
     new = torch.as_tensor(mask)
+    if new.numel() == 0:
+        raise ValueError("mask is empty: give spans of seconds, or a boolean for each frame, True where sound is new.")
     if new.dtype != torch.bool:
         raise ValueError(f"mask holds {new.dtype}: give booleans, True where new sound is wanted, or a list of spans.")
     if new.ndim not in (1, 2) or new.shape[-1] != num_frames:

@@ -10,7 +10,9 @@ from tonefield.command_line import UserError
 VALIDATION_METRICS = ("fad", "kad", "kid")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_data_arguments(
+    parser: argparse.ArgumentParser, max_validation_samples: int | None = 256
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", metavar="NAME", help="the dataset: a folder or a Hub id")
     group.add_argument("--dataset_config_name", metavar="NAME", help="its configuration")
@@ -37,9 +39,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     group.add_argument(
         "--max_validation_samples",
         type=int,
-        default=256,
+        default=max_validation_samples,
         metavar="N",
-        help="rows that the validation loss is taken of (default: %(default)s)",
+        help=f"rows that the validation loss is taken of (default: {max_validation_samples or 'all'})",
     )
     group.add_argument(
         "--dataloader_num_workers",

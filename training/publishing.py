@@ -20,7 +20,10 @@ LOCAL_FLAGS = ("config", "output_dir", "resume_from_checkpoint", "max_hours", "d
 
 
 def find_repository(args) -> str:
-    """The repository that --push_to_hub will write to. It is made now, so that what forbids it is known now."""
+    """
+    The repository that --push_to_hub will write to. It is made before the training, since nothing else tells whether a
+    token may; but after all that can be refused otherwise, so that no empty repository is left behind.
+    """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     if get_token() is None:
         raise UserError("--push_to_hub needs a token of the Hub: run `hf auth login`, or set HF_TOKEN.")

@@ -79,7 +79,7 @@ def make_text_encoder(
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=width // 8,
-        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
