@@ -75,15 +75,14 @@ def read_checkpoint(file: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
+    if not file.exists():
+        raise UserError(f"There is no file {file}.")
+    file.open("rb").close()  # which raises what is wrong with a file that may not be read
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
-    except Exception as error:  # whatever a reader stumbles over in bytes that are none
-        if isinstance(error, (PermissionError, IsADirectoryError)):
-            raise
+    except Exception as error:  # whatever a reader stumbles over in bytes that mean nothing, OSError as well
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{file} wants to use {forbidden[1]}, which is neither a tensor nor a plain container: it was not run,"

@@ -144,7 +144,7 @@ def with_one_more_token(transformer: "SEDDTransformer1DModel") -> "SEDDTransform
     weights["token_embedding.weight"] = torch.cat([embedding, embedding[n:]])
     weights["head.weight"] = torch.cat([head[:n], torch.zeros_like(head[:1]), head[n:]])
     weights["head.bias"] = torch.cat([bias[:n], bias.new_tensor([ILLEGAL]), bias[n:]])
-    wider = type(transformer).from_config(transformer.config, vocab_size=n + 1)
+    wider: Any = type(transformer).from_config(transformer.config, vocab_size=n + 1)
     wider.load_state_dict(weights)
     return wider
 

@@ -30,49 +30,42 @@ USED = ("feature_extractor.encodec.encoder.", "feature_extractor.encodec.quantiz
 # What is among the used ones, but is no weight: the running sums of the codebook's training, and a window.
 UNUSED = re.compile(r".*\._codebook\.(inited|cluster_size|embed_avg)|head\.istft\.window")
 
-# What tensors are called, there and here. In the list of the encoder's layers each block has a unit, an ELU and a
-# convolution; block i has the places 3 i + 1 and 3 i + 3. What comes after the blocks depends on their number.
 CODEBOOK = "feature_extractor.encodec.quantizer.vq.layers.0._codebook.embed"
 ENCODER = "feature_extractor.encodec.encoder.model"
-RESIDUAL = {"block.1": "narrow", "block.3": "widen", "shortcut": "shortcut"}
-DECODER = (
-    (r"backbone\.embed\.", "decoder_in."),
-    (r"backbone\.pos_net\.(\d)\.proj_out\.", r"position_net.\1.out."),
-    (r"backbone\.pos_net\.", "position_net."),
-    (r"backbone\.norm\.scale\.", "decoder_norm."),
-    (r"backbone\.norm\.shift\.weight", "decoder_norm.bias"),
-    (r"backbone\.convnext\.(\d+)\.dwconv\.", r"decoder.\1.mix."),
-    (r"backbone\.convnext\.(\d+)\.norm\.scale\.", r"decoder.\1.norm."),
-    (r"backbone\.convnext\.(\d+)\.norm\.shift\.weight", r"decoder.\1.norm.bias"),
-    (r"backbone\.convnext\.(\d+)\.pwconv1\.", r"decoder.\1.widen."),
-    (r"backbone\.convnext\.(\d+)\.pwconv2\.", r"decoder.\1.narrow."),
-    (r"backbone\.convnext\.(\d+)\.gamma", r"decoder.\1.scale"),
-    (r"backbone\.final_layer_norm\.", "decoder_out_norm."),
-    (r"head\.out\.", "head."),
-)
 BANDWIDTHS = re.compile(r"backbone\.(convnext\.\d+\.)?norm\.(scale|shift)\.weight")
 
 
-def own_name(name: str, blocks: int) -> str:
-    """Our name of a published tensor; itself if it is unknown."""
-    if name == CODEBOOK:
-        return "codebook.weight"
-    if match := re.fullmatch(rf"{re.escape(ENCODER)}\.(\d+)\.(?:(.+)\.)?conv\.conv\.(\w+)", name):
-        place, inner, parameter = int(match[1]), match[2], match[3]
-        block, layer = divmod(place - 1, 3)
-        if inner is None and place == 0:
-            return f"encoder_in.{parameter}"
-        if inner is None and layer == 2 and block < blocks:
-            return f"encoder.{block}.down.{parameter}"
-        if inner is None and place == 3 * blocks + 3:
-            return f"encoder_out.{parameter}"
-        if inner in RESIDUAL and layer == 0 and block < blocks:
-            return f"encoder.{block}.{RESIDUAL[inner]}.{parameter}"
-    name = re.sub(rf"^{re.escape(ENCODER)}\.{3 * blocks + 1}\.lstm\.", "encoder_lstm.", name)
-    for there, here in DECODER:
-        if re.match(there, name):
-            return re.sub(there, here, name)
-    return name
+def published_names(model: "WavTokenizer") -> dict[str, str]:
+    """The names of a model's tensors, and what they are in published weights."""
+    blocks = len(model.encoder)
+    # The beginnings of names. In the published list of the encoder's layers each block has a unit, an ELU, and a
+    # convolution, so that block i stands at the places 3 i + 1 and 3 i + 3.
+    beginnings = {
+        "codebook.weight": CODEBOOK,
+        "encoder_in.": f"{ENCODER}.0.conv.conv.",
+        "encoder_lstm.": f"{ENCODER}.{3 * blocks + 1}.lstm.",
+        "encoder_out.": f"{ENCODER}.{3 * blocks + 3}.conv.conv.",
+        "decoder_in.": "backbone.embed.",
+        "position_net.2.out.": "backbone.pos_net.2.proj_out.",
+        "position_net.": "backbone.pos_net.",
+        "decoder_norm.weight": "backbone.norm.scale.weight",
+        "decoder_norm.bias": "backbone.norm.shift.weight",
+        "decoder_out_norm.": "backbone.final_layer_norm.",
+        "head.": "head.out.",
+    }
+    for i in range(blocks):
+        for here, there in dict(narrow=".block.1", widen=".block.3", shortcut=".shortcut").items():
+            beginnings[f"encoder.{i}.{here}."] = f"{ENCODER}.{3 * i + 1}{there}.conv.conv."
+        beginnings[f"encoder.{i}.down."] = f"{ENCODER}.{3 * i + 3}.conv.conv."
+    for i in range(len(model.decoder)):
+        parts = {"mix.": "dwconv.", "norm.weight": "norm.scale.weight", "norm.bias": "norm.shift.weight"}
+        parts |= {"widen.": "pwconv1.", "narrow.": "pwconv2.", "scale": "gamma"}
+        beginnings |= {f"decoder.{i}.{here}": f"backbone.convnext.{i}.{there}" for here, there in parts.items()}
+    names = {}
+    for name in model.state_dict():
+        here = next(beginning for beginning in beginnings if name.startswith(beginning))
+        names[name] = beginnings[here] + name.removeprefix(here)
+    return names
 
 
 def without_weight_norm(weights: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -201,15 +194,14 @@ def convert_wavtokenizer(
         if not 0 <= bandwidth_id < len(weights[name]):
             raise UserError(f"--bandwidth_id is between 0 and {len(weights[name]) - 1}, not {bandwidth_id}.")
         weights[name] = weights[name][bandwidth_id]
-    blocks = len(sizes["strides"])
     try:
         model = WavTokenizer(sampling_rate=rate, **sizes)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    theirs = {own_name(name, blocks): name for name in weights}
-    load_strictly(
-        model, {here: weights[there] for here, there in theirs.items()}, file, lambda name: theirs.get(name, name)
-    )
+    names = published_names(model)
+    own = {there: here for here, there in names.items()}
+    weights = {own.get(name, name): tensor for name, tensor in weights.items()}
+    load_strictly(model, weights, file, lambda name: names.get(name, name))
     return model.eval()
 
 

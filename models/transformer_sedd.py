@@ -297,7 +297,7 @@ class SEDDTransformer1DModel(ModelMixin, ConfigMixin):
             else:
                 x = block(x, *arguments)
         logits = self._logits(x, condition, positions, codebook)
-        if not c.scaled_by_sigma:
+        if not c.scaled_by_sigma and timestep is not None:
             scale = torch.log(torch.expm1(timestep.float())) + math.log(c.vocab_size)
             logits = logits + scale.reshape(-1, 1, 1)
         if tokens.ndim == 3 and positions is None:

@@ -73,6 +73,8 @@ def damaged(tmp_path):
         assert read_checkpoint(tmp_path / whole)["w"].shape == (100,)
         for share in (0.0, 0.02, 0.3, 0.7, 0.99):
             yield whole, data[: int(share * len(data))]
+    torch.save({"w": torch.randn(10_000)}, tmp_path / "long.pth")
+    yield "long.pth", (tmp_path / "long.pth").read_bytes()[:5000]  # for which torch raises an OSError
     for name, data in {
         "page.safetensors": b"<!DOCTYPE html><html></html>", "page.pth": b"<!DOCTYPE html><html></html>",
         "pickle.pth": pickle.dumps([1, 2], 2), "zip.pth": b"PK\x05\x06" + bytes(18),
@@ -90,13 +92,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
             read_checkpoint(file)
         assert "\n" not in str(error.value), name
         cases += 1
-    assert cases == 21
+    assert cases == 22
 
 
 def test_missing_files(tmp_path):
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(UserError, match=rf"There is no file .*{name}\."):
             read_checkpoint(tmp_path / name)
+    with pytest.raises(OSError, match="Is a directory"):  # of which scripts tell in a line
+        read_checkpoint(tmp_path)
     assert find_source(str(tmp_path), ["*"]) == tmp_path
     with pytest.raises(
         UserError, match="There is no file or folder a/b/c, and a name on the Hub has the form USER/NA"

@@ -457,6 +457,39 @@ def test_output_types():
     assert isinstance(pipe(num_frames=3, output_type="pt").audios, torch.Tensor)
 
 
+@pytest.mark.parametrize("layout", ["parallel", "flatten"])
+def test_without_an_audio_tokenizer(layout, tmp_path):
+    """The same tokens, counted in frames where there are no seconds."""
+    with_codec = real_pipe(2, layout)
+    alone = quiet(SEDDTokenPipeline(with_codec.transformer, with_codec.scheduler))
+    alone.save_pretrained(tmp_path)
+    alone = quiet(tonefield.load(tmp_path))
+    seconds = 2 / 8000  # of a frame
+    known = with_codec(num_inference_steps=3, generator=seeds(1), num_frames=40, output_type="tokens").tokens
+    for given, told in (
+        (dict(num_frames=12), {}),
+        (dict(loop=True), {}),
+        (dict(num_frames=100), dict(overlap_in_s=20)),
+        (dict(tokens=known), dict(mask=[(3.0, 9.0), (30.0, 31.0)])),
+        (dict(tokens=known, loop=True), dict(audio_length_in_s=50.0)),
+    ):
+        scaled = {
+            name: [(a * seconds, b * seconds) for a, b in value] if name == "mask" else value * seconds
+            for name, value in told.items()
+        }
+        expected = with_codec(
+            num_inference_steps=3, generator=seeds(1), output_type="tokens", **given, **scaled
+        ).tokens
+        result = alone(num_inference_steps=3, generator=seeds(1), **given, **told)
+        assert (result.audios, result.sampling_rate) == (None, None)
+        np.testing.assert_array_equal(result.tokens, expected)
+    for kind in ("pt", "tokens"):
+        assert torch.is_tensor(alone(num_inference_steps=1, num_frames=2, output_type=kind).tokens)
+    with pytest.raises(ValueError, match="audio is given, but the pipeline has no audio_tokenizer"):
+        alone(audio=np.zeros(16), audio_length_in_s=20)
+    assert "tokens = pipe().tokens" in (tmp_path / "README.md").read_text()
+
+
 def test_progress_is_shown(capfd):
     pipe = walk_pipe(max_length=4)
     pipe.set_progress_bar_config(disable=False)
