@@ -97,7 +97,7 @@ def check_operations(file: BinaryIO) -> None:
     begin, count = file.tell(), 0
     for operation, argument, _ in pickletools.genops(file):  # which refuses lengths beyond the end
         count += 1
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise ValueError(f"it remembers object number {argument} of {count}")
     file.seek(begin)
 

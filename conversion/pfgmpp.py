@@ -31,7 +31,7 @@ LICENSE = "cc-by-nc-sa-4.0"  # of the published weights of both
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 
 # What a network's arguments are where its checkpoint does not say.
-DEFAULTS = dict(
+DEFAULTS: dict[str, Any] = dict(
     label_dim=0, augment_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], channel_mult_emb=4, num_blocks=4,
     attn_resolutions=[16], dropout=0.1, label_dropout=0, embedding_type="positional", channel_mult_noise=1,
     encoder_type="standard", decoder_type="standard", resample_filter=[1, 1],

@@ -6,7 +6,7 @@ Papers: score SDEs https://huggingface.co/papers/2011.13456 (appendix H), EDM ht
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -15,6 +15,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 FOURIER_SCALE = 16.0  # deviation of NCSN++'s random frequencies
 
@@ -39,7 +41,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def begin(layer: nn.Conv2d | nn.Linear, gain: float = 1.0):
+def begin(layer: Layer, gain: float = 1.0) -> Layer:
     """Weights with variance gain^2 / fan_avg, biases 0; a layer that ends a residual begins at almost 0."""
     nn.init.xavier_uniform_(layer.weight, gain)
     if layer.bias is not None:
@@ -198,7 +200,7 @@ class SongUNet2DModel(ModelMixin, ConfigMixin):
         features, width = model_channels * (2 if smooth else 1), model_channels * 4
         frequencies = 10000 ** -torch.linspace(0, 1, features // 2, dtype=torch.float32)
         if smooth:
-            frequencies = torch.randn(features // 2, dtype=torch.float32) * (2 * math.pi * FOURIER_SCALE)
+            frequencies = torch.randn(features // 2) * (2 * math.pi * FOURIER_SCALE)
         self.register_buffer("frequencies", frequencies, persistent=smooth)  # those of sinusoids are known
         self.class_embedding = begin(nn.Linear(num_class_embeds - 1, features)) if num_class_embeds else None
         self.augment_embedding = begin(nn.Linear(augment_dim, features, bias=False)) if augment_dim else None
@@ -284,11 +286,11 @@ class SongUNet2DModel(ModelMixin, ConfigMixin):
         """
         embedding = self._embed(len(sample), timestep, class_labels, augment_labels)
 
-        def run(block: SongUNetBlock, x: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                return self._gradient_checkpointing_func(block, x, embedding)
-            return block(x, embedding)
+        def run(block: Any, x: torch.Tensor) -> torch.Tensor:
+            checkpointed: Any = self._gradient_checkpointing_func
+            return checkpointed(block, x, embedding) if checkpointing else block(x, embedding)
 
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         x, seen, pyramid = self.conv_in(sample), sample, iter(self.pyramid)
         passed = [x]
         for block in self.down_blocks:

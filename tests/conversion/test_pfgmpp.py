@@ -155,12 +155,19 @@ def test_weights_in_training(tmp_path):
 
 
 def test_edm_is_the_limit(tmp_path):
-    file, _ = checkpoint(tmp_path, outside=dict(img_resolution=16), labels=0)
-    pipe = convert_pfgmpp(file)
-    assert pipe.scheduler.config.aug_dim is None
+    # EDM's own checkpoints know no D; those of its successor's baselines have one that is not used.
+    for outside in (dict(img_resolution=16), dict(img_resolution=16, pfgmpp=False, D=128)):
+        file, _ = checkpoint(tmp_path, outside=outside, labels=0)
+        pipe = convert_pfgmpp(file)
+        assert pipe.scheduler.config.aug_dim is None
     assert pipe.scheduler.config.sigma_data == 0.5
     assert pipe.num_classes == 0
-    assert "was always told a class" not in pipe.config.card["description"]
+    told = "was always told a class"
+    assert told not in pipe.config.card["description"]
+    assert told in convert_pfgmpp(checkpoint(tmp_path)[0]).config.card["description"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(INSIDE, "label_dropout", 0.1)
+        assert told not in convert_pfgmpp(checkpoint(tmp_path)[0]).config.card["description"]
 
 
 def imported(*arguments):
