@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 CONFIG = {
     "resblock": "1", "upsample_rates": [4, 2], "upsample_kernel_sizes": [8, 4], "upsample_initial_channel": 8,
-    "resblock_kernel_sizes": [3, 5], "resblock_dilation_sizes": [[1, 3], [1, 2]], "activation": "snakebeta",
+    "resblock_kernel_sizes": [3, 9], "resblock_dilation_sizes": [[1, 3], [1, 4]], "activation": "snakebeta",
     "snake_logscale": True, "segment_size": 512, "num_mels": 16, "n_fft": 64, "hop_size": 8, "win_size": 64,
     "sampling_rate": 8000, "fmin": 0, "fmax": None,
 }  # fmt: skip

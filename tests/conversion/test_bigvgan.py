@@ -109,11 +109,14 @@ def test_what_nvidia_publishes_is_free(tmp_path, monkeypatch):
 
 
 def test_by_name(tmp_path):
-    """From the Hub's cache: as it is published, and converted."""
+    """From a folder within another, and from the Hub's cache: as it is published, and converted."""
     name = "nvidia/bigvgan_small"
     published = write_bigvgan(tmp_path / "published", second=False)
     convert_bigvgan(tmp_path / "published").save_pretrained(tmp_path / "converted")
     mel = normal(1, 16, 7)
+    for source in ("published", "converted"):
+        vocoder = load_vocoder(tmp_path, subfolder=source)
+        assert distance(sound(vocoder, mel.float()), published(mel)) < 1e-5
     for source in ("published", "converted"):
         repository = tmp_path / f"cache of {source}" / f"models--{name.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)

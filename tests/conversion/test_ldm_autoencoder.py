@@ -18,6 +18,7 @@ SMALL = dict(multipliers=(1, 2))
 def lightning(weights, dtype=torch.float32, **extra):
     """A checkpoint as Lightning writes it, with the loss and what else there is in it."""
     discriminator = {"loss.discriminator.main.0.weight": torch.zeros(4), "loss.logvar": torch.zeros(())}
+    discriminator |= {"model_ema.decay": torch.ones(()), "model_ema.encoderconv_inweight": torch.zeros(2)}
     weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 4.5e-6, "params": [0]}]}
     return {
