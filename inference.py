@@ -488,7 +488,7 @@ def lines_so_far(folder: Path, common: dict) -> dict[int, dict]:
                 continue  # empty, or cut off when the run was stopped
             if {name: line.get(name) for name in common} != common:
                 raise UserError(f"{folder} holds sounds of another run: choose another --output_dir.")
-            if (folder / line["file"]).is_file():
+            if (folder / line["file_name"]).is_file():
                 done[line["index"]] = line
     return done
 
@@ -568,7 +568,7 @@ def main(args: argparse.Namespace) -> None:
                     continue
                 file = folder / f"{sound.index:0{digits}d}.{args.output_format}"
                 finished = finish(waveform, rate, args)
-                line = {"file": file.name, "index": sound.index, "seed": sound.seed, "prompt": sound.prompt,
+                line = {"file_name": file.name, "index": sound.index, "seed": sound.seed, "prompt": sound.prompt,
                         "class_label": sound.class_label, "sha256": write_sound(finished, rate, file)}  # fmt: skip
                 save_spectrogram(finished, rate, file.with_suffix(".png"))
                 manifest.write(json.dumps(line | common) + "\n")
@@ -584,14 +584,14 @@ def main(args: argparse.Namespace) -> None:
             part.unlink()
         titles = [sounds[index].title for index in sorted(done)]
         contact_sheet(
-            [folder / Path(done[index]["file"]).with_suffix(".png") for index in sorted(done)],
+            [folder / Path(done[index]["file_name"]).with_suffix(".png") for index in sorted(done)],
             titles,
             folder / "overview.png",
         )
         print(f"{len(missing)} sounds in {folder}, all at a glance in {folder / 'overview.png'}")
         for line in wanted or []:
             same = done[line["index"]]["sha256"] == line["sha256"]
-            print(f"{done[line['index']]['file']}: {'the same, bit for bit' if same else 'not the same bits'}")
+            print(f"{done[line['index']]['file_name']}: {'the same, bit for bit' if same else 'not the same bits'}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def make(models, tmp_path):
         steps = [] if steps is None else [f"--steps={steps}"]
         inference.main(inference.parse_args([f"--model={models[model]}", f"--output_dir={folder}", *steps, *flags]))
         lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-        return [soundfile.read(folder / line["file"], dtype="float32")[0] for line in lines], lines
+        return [soundfile.read(folder / line["file_name"], dtype="float32")[0] for line in lines], lines
 
     return make
 
@@ -194,7 +194,7 @@ def test_loudness_and_fade(make):
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
 def test_formats(make, kind, tmp_path):
     _, lines = make("mel", "--num_samples=1", f"--output_format={kind}")
-    assert soundfile.info(tmp_path / "out" / lines[0]["file"]).format == kind.upper()
+    assert soundfile.info(tmp_path / "out" / lines[0]["file_name"]).format == kind.upper()
 
 
 # ----- from a sound
@@ -278,7 +278,7 @@ def test_interpolation_of_sounds_is_the_pipelines(make, models, model, sound):
 def test_a_run_that_was_stopped_goes_on(make, tmp_path):
     _, lines = make("mel", "--num_samples=7", "--batch_size=3")
     folder = tmp_path / "out"
-    before = {line["file"]: (folder / line["file"]).read_bytes() for line in lines}
+    before = {line["file_name"]: (folder / line["file_name"]).read_bytes() for line in lines}
     times = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.wav")}
     # as if the power had failed after the fourth sound, in the middle of a line
     text = "".join(json.dumps(line) + "\n" for line in lines[:4]) + json.dumps(lines[4])[:30]
@@ -287,7 +287,7 @@ def test_a_run_that_was_stopped_goes_on(make, tmp_path):
         (folder / name).unlink()
     _, lines_again = make("mel", "--num_samples=7", "--batch_size=3")
     assert lines_again == lines
-    assert {line["file"]: (folder / line["file"]).read_bytes() for line in lines} == before
+    assert {line["file_name"]: (folder / line["file_name"]).read_bytes() for line in lines} == before
     assert [name for name, time in sorted(times.items()) if (folder / name).stat().st_mtime_ns == time] == [
         "000.wav", "001.wav", "002.wav", "003.wav",
     ]  # fmt: skip
@@ -302,7 +302,7 @@ def test_any_line_can_be_made_again(make, model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("the same, bit for bit") == 2
     for line in (lines[1], lines[4]):
-        files = [tmp_path / folder / line["file"] for folder in ("out", "out-again")]
+        files = [tmp_path / folder / line["file_name"] for folder in ("out", "out-again")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(file.name for file in (tmp_path / "out-again").glob("*.wav")) == ["001.wav", "004.wav"]
 
