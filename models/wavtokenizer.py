@@ -120,7 +120,7 @@ class MirroredConv(nn.Conv1d):
         right = (size - stride) // 2
         left = size - stride - right
         # A row that is too short to be mirrored is continued by silence before it is.
-        farthest = (right + after * stride - lengths).clamp(min=left)
+        farthest = right + after * stride - lengths
         turn = (torch.maximum(lengths, farthest + 1) - 1)[:, None]
         place = torch.arange(-left, x.shape[-1] + right + stride - 1, device=x.device).abs()
         place = (turn - (turn - place).abs()).clamp(min=0)

@@ -61,13 +61,16 @@ def decoder_weights(n_fft, generator):
     for name, shape in shapes.items():
         fan_in = np.prod(shape[1:]) if len(shape) > 1 else 1
         weight = torch.randn(shape, generator=generator) / fan_in**0.5
-        tensors[f"{name}.weight"] = weight + (len(shape) == 1)
-        tensors[f"{name}.bias"] = 0.3 * torch.randn(shape[:1], generator=generator)
+        # Small where a normalisation follows, so that the number that it adds to the variance is seen.
+        scale = 0.02 if name.endswith(("embed", "conv2", "proj_out", "pos_net.5", "dwconv")) else 1
+        tensors[f"{name}.weight"] = scale * (weight + (len(shape) == 1))
+        tensors[f"{name}.bias"] = scale * 0.3 * torch.randn(shape[:1], generator=generator)
     for path in ("backbone.norm", *(f"backbone.convnext.{i}.norm" for i in range(LAYERS))):
-        tensors[f"{path}.scale.weight"] = 1 + 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
-        tensors[f"{path}.shift.weight"] = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
+        scale = 0.02 if path == "backbone.norm" else 1
+        tensors[f"{path}.scale.weight"] = scale * (1 + 0.3 * torch.randn(ROWS, WIDTH, generator=generator))
+        tensors[f"{path}.shift.weight"] = scale * 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
     for i in range(LAYERS):
-        tensors[f"backbone.convnext.{i}.gamma"] = torch.randn(WIDTH, generator=generator)
+        tensors[f"backbone.convnext.{i}.gamma"] = 0.02 * torch.randn(WIDTH, generator=generator)
     return tensors
 
 
@@ -232,13 +235,6 @@ def test_the_command_and_its_use_on_recordings(published, tmp_path, digit_files)
 # What cannot be imported
 
 
-def changed(folder, change):
-    weights, _ = publish(folder)
-    change(weights)
-    torch.save({"state_dict": weights}, folder / "model.ckpt")
-    return folder
-
-
 ENCODER = "feature_extractor.encodec.encoder.model"
 
 
@@ -254,9 +250,12 @@ ENCODER = "feature_extractor.encodec.encoder.model"
     (lambda w: w.update({f"{ENCODER}.3.conv.conv.weight_v": torch.ones(8, 4, 5)}),
      r"conv.weight has the shape \(8, 4, 5\), expected \(8, 4, 4\)"),
 ])  # fmt: skip
-def test_checkpoints_that_do_not_fit(change, message, tmp_path):
+def test_checkpoints_that_do_not_fit(change, message, published, tmp_path):
+    weights = dict(published[1])
+    change(weights)
+    torch.save({"state_dict": weights}, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match=message):
-        convert_wavtokenizer(changed(tmp_path, change))
+        convert_wavtokenizer(tmp_path)
 
 
 def test_files_that_do_not_fit(published, tmp_path):
@@ -279,6 +278,11 @@ def test_files_that_do_not_fit(published, tmp_path):
     other = written("other.yaml", right.replace("num_layers: 2", "num_layers: 12"))
     told = "other.yaml is the configuration of another checkpoint: its num_layers is 12, that of the weights is 2"
     refused(told, ckpt, model_config=other)
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "model.ckpt").symlink_to(ckpt)
+    (beside / "other.yaml").write_text(other.read_text())
+    refused(told, beside)
     refused("bad.yaml is not YAML", ckpt, model_config=written("bad.yaml", "a: [b"))
     refused(
         "no.yaml is no configuration of WavTokenizer: 'model' is missing",
