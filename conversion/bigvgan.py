@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tonefield.command_line import UserError, first_line
 from tonefield.conversion.command import find_source, importer_parser, load_strictly, read_checkpoint, run_importer
+from tonefield.conversion.weight_norm import fold_weight_norm
 
 
 if TYPE_CHECKING:
@@ -48,24 +49,8 @@ LTX2_NAMES = (
     (r"(.*\.)lowpass\.filter", r"\1filter"),
 )
 
+
 # Weight norm keeps a weight as a length and a direction; PyTorch has had two ways to name these.
-NORMED = {"weight_g": "weight_v", "parametrizations.weight.original0": "parametrizations.weight.original1"}
-
-
-def fold_weight_norm(weights: Mapping[str, "torch.Tensor"]) -> "dict[str, torch.Tensor]":
-    """The weights themselves: w = g v / |v|, the norm over all dimensions but the first (Salimans and Kingma 2016)."""
-    folded = dict(weights)
-    for length, direction in NORMED.items():
-        for key in [key for key in weights if key.endswith(f".{length}")]:
-            other = key.removesuffix(length) + direction
-            if other in weights:
-                g, v = folded.pop(key), folded.pop(other)
-                exact = v.double()
-                norm = exact.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1))
-                folded[key.removesuffix(length) + "weight"] = (g.double() * exact / norm).to(v.dtype)
-    return folded
-
-
 def read_config(file: Path) -> dict[str, Any]:
     """A published config.json, of which everything that is needed here is there and can be had."""
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tonefield.command_line import UserError, first_line
 from tonefield.conversion.command import find_source, importer_parser, load_strictly, read_checkpoint, run_importer
+from tonefield.conversion.weight_norm import fold_weight_norm
 
 
 if TYPE_CHECKING:
@@ -66,19 +67,6 @@ def published_names(model: "WavTokenizer") -> dict[str, str]:
         here = next(beginning for beginning in beginnings if name.startswith(beginning))
         names[name] = beginnings[here] + name.removeprefix(here)
     return names
-
-
-def without_weight_norm(weights: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """Weights w = g v / |v|, the norm over all dimensions but the first (https://huggingface.co/papers/1602.07868)."""
-    result = {}
-    for name, tensor in weights.items():
-        path, _, kind = name.rpartition("_")
-        if kind == "v" and f"{path}_g" in weights:
-            norm = tensor.flatten(1).norm(dim=1).reshape(-1, *[1] * (tensor.ndim - 1))
-            result[path] = weights[f"{path}_g"] * tensor / norm
-        elif not (kind == "g" and f"{path}_v" in weights):
-            result[name] = tensor
-    return result
 
 
 def sizes_of(weights: "Mapping[str, torch.Tensor]", file: str | os.PathLike) -> dict[str, Any]:
@@ -187,7 +175,7 @@ def convert_wavtokenizer(
     if not isinstance(weights, Mapping):
         raise UserError(f"{file} does not hold a WavTokenizer: there is no state_dict in it.")
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(USED) and not UNUSED.match(name)}
-    weights = without_weight_norm(weights)
+    weights = fold_weight_norm(weights)
     sizes = sizes_of(weights, file)
     rate = 24000 if config is None else read_config(config, sizes)
     for name in filter(BANDWIDTHS.fullmatch, weights):

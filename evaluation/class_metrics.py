@@ -138,7 +138,8 @@ def number_of_different_bins(
 def wanted_class(sample: Sample, labels: list[str], class_names: Any = ()) -> str | None:
     """
     The class that a file was made for: the column `label` (or `class`, `class_label`) of a metadata.csv or
-    manifest.jsonl, or else the folder it lies in, or the first part of its name that is one.
+    manifest.jsonl; or else the only one that its `prompt` or `caption` names; or else the folder it lies in, or the
+    first part of its name that is one.
     """
     for column in ("label", "class", "class_label"):
         value = sample.columns.get(column)
@@ -148,6 +149,10 @@ def wanted_class(sample: Sample, labels: list[str], class_names: Any = ()) -> st
             value = labels[value]
         if value is not None and str(value) in labels:
             return str(value)
+    for column in ("prompt", "caption"):
+        named = set(re.split(r"[\W_]+", str(sample.columns.get(column) or ""))) & set(labels)
+        if len(named) == 1:
+            return named.pop()
     path = PurePosixPath(sample.name)
     for part in [*reversed(path.parent.parts), path.stem, *re.split(r"[\W_]+", path.stem)]:
         if part in labels:

@@ -291,7 +291,9 @@ class AudioSet(SampleSet):
         from tonefield.data.audio_folder import AudioFolder
 
         source = AudioFolder(folder, flag)
-        samples, rejects, held, size = [], list(source.rejects), {}, 0
+        # Pictures may lie beside sounds, as inference.py leaves them.
+        rejects = [(name, why) for name, why in source.rejects if not name.lower().endswith(".png")]
+        samples, held, size = [], {}, 0
         digests = list(in_parallel(_digest, source, num_workers))
         note = None
         if cache_dir is not None:
