@@ -257,7 +257,7 @@ def test_cnn14_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"windows of 198 samples; known are"):
         load_embedding(f"cnn14={file}")
     cnn14_file(file, extra=torch.zeros(1))
-    with pytest.raises(UserError, match=r"1 were not expected, the first is extra"):
+    with pytest.raises(UserError, match=r"1 are unknown, the first is extra"):
         load_embedding(f"cnn14={file}")
 
 

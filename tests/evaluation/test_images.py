@@ -138,7 +138,7 @@ def test_wrong_files_are_refused(published, weights, tmp_path):
     refused(
         {k: v for k, v in weights.items() if not k.startswith("Mixed_7c")}, "tensors are missing, the first is Mix"
     )
-    refused(weights | {"AuxLogits.fc.weight": torch.zeros(2)}, "1 were not expected, the first is AuxLogits")
+    refused(weights | {"AuxLogits.fc.weight": torch.zeros(2)}, "1 are unknown, the first is AuxLogits")
     refused(weights | {"fc.weight": torch.zeros(1000, 2048)}, r"fc.weight has the shape \(1000, 2048\)")
     refused([1, 2], "does not hold the weights of a network but a list")
     (tmp_path / "cut.pth").write_bytes(published.read_bytes()[:1000])
