@@ -23,6 +23,7 @@ from tonefield.training.arguments import (
     check_arguments,
     prepare_output_dir,
 )
+from tonefield.training.networks import read_model_config
 
 
 # A network for small sets of short sounds, without a GPU; the other sizes are those of the transformer.
@@ -158,7 +159,6 @@ def make_scheduler(args, codec):
 def make_transformer(args, data, scheduler, text_dim: int | None = None):
     """The network for the data: the flags' size, with the symbols of the scheduler and the codebooks of the codec."""
     import torch
-    import yaml
 
     from tonefield.models import SEDDTransformer1DModel
     from tonefield.models.transformer_sedd import PRESETS
@@ -173,12 +173,7 @@ def make_transformer(args, data, scheduler, text_dim: int | None = None):
         "layout": args.layout,
     }
     if args.model_config:
-        try:
-            size = yaml.safe_load(Path(args.model_config).read_text())  # YAML contains JSON
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--model_config {args.model_config} cannot be read: {first_line(error)}") from None
-        if not isinstance(size, dict):
-            raise UserError(f"--model_config {args.model_config} must consist of the arguments of the transformer.")
+        size = read_model_config(args.model_config)
         size = {name: value for name, value in size.items() if not name.startswith("_")}
         for name, wanted in derived.items():
             if size.get(name, wanted) != wanted:

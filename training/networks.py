@@ -30,8 +30,8 @@ MAX_ATTENTION = 4096  # positions that attend to one another; the cost grows wit
 POISSON = ("pfgmpp", "stable_target", "field")
 
 
-def read_network(given: str, usual: str) -> tuple[str, dict]:
-    """The class and the arguments that `--model_config` gives: a file, or JSON itself, as a recipe passes them."""
+def read_model_config(given: str) -> dict:
+    """What `--model_config` gives: the arguments of a network in a file, or JSON itself, as a recipe passes them."""
     import yaml
 
     inline = given.lstrip().startswith("{")
@@ -42,10 +42,17 @@ def read_network(given: str, usual: str) -> tuple[str, dict]:
         raise UserError(f"{source} cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source} must consist of the arguments of a network.")
+    return {name: number(value) for name, value in config.items()}
+
+
+def read_network(given: str, usual: str) -> tuple[str, dict]:
+    """The class of a U-Net, and its arguments."""
+    config = read_model_config(given)
     class_name = config.get("_class_name", usual)
     if class_name not in NETWORKS:
+        source = "model_config" if given.lstrip().startswith("{") else f"--model_config {given}"
         raise UserError(f"{source} names the network {class_name}; there are {', '.join(NETWORKS)}.")
-    return class_name, {name: number(value) for name, value in config.items() if not name.startswith("_")}
+    return class_name, {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def number(value):
