@@ -23,7 +23,7 @@ from tonefield.evaluation.metrics import EMBEDDINGS, METRICS, Options, run_metri
 
 # Sub-commands: the module of tonefield.evaluation that has `add_arguments(parser)` and `main(args)`, and what it does.
 COMMANDS = {
-    "train-classifier": ("classifier", "train a classifier of labelled recordings, for the class metrics"),
+    "train-classifier": ("train_classifier", "train a classifier of labelled recordings, for the class metrics"),
     "sampling": ("sampling", "time, network calls and quality of a pipeline for several solvers and steps"),
     "listening-test": ("listening_test", "write a page on which people listen and judge"),
     "listening-results": ("listening_results", "what they judged: means and intervals"),
@@ -66,6 +66,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what distances are taken of; name several, for none is right for everything (default: mel)",
     )
     what.add_argument("--classifier", metavar="DIR", help="the classifier of metrics that need one")
+    what.add_argument(
+        "--training_set", metavar="DIR", help="for memorisation: the recordings that the model was trained on"
+    )
     what.add_argument("--clap", metavar="MODEL", help="the CLAP model of clap_score: a folder or Hub id")
     what.add_argument(
         "--caption_column", default="caption", metavar="NAME", help="the captions in metadata (default: %(default)s)"

@@ -28,7 +28,8 @@ class Metric:
         help: One line for `--help`.
         better: What is better: "lower", "higher", or "" where neither is.
         needs: What it uses beside two sets of recordings: "embedding" (it is run for each one), "classifier",
-            "captions" (in the generated set), "pipeline", "pairs" (files of the same name in both sets).
+            "captions" (in the generated set), "pairs" (files of the same name in both sets), "training" (what the
+            model was trained on).
         reference: Whether it compares with a reference; the others are run once.
         curve: Whether it can be computed for many subsets, to see how many clips it takes.
     """
@@ -68,6 +69,48 @@ METRICS: dict[str, Metric] = {
         "posteriors", "kl", "KL divergence of a classifier's posteriors on files of the same name", "lower",
         ("classifier", "pairs"),
     ),
+    "accuracy": Metric(
+        "class_metrics", "accuracy", "how many sounds a classifier takes for what they were made for", "higher",
+        ("classifier",), reference=False,
+    ),
+    "confidence": Metric(
+        "class_metrics", "mean_confidence", "how sure it is (of one sound over and over as well)", "higher",
+        ("classifier",), reference=False,
+    ),
+    "is": Metric(
+        "class_metrics", "inception_score", "inception score: clear sounds of all classes", "higher",
+        ("classifier",), reference=False,
+    ),
+    "log_mis": Metric(
+        "class_metrics", "modified_inception_score", "logarithm of the modified inception score", "higher",
+        ("classifier",), reference=False,
+    ),
+    "am": Metric(
+        "class_metrics", "am", "AM score: clear sounds, classes as frequent as in the reference", "lower",
+        ("classifier",),
+    ),
+    "ndb": Metric(
+        "class_metrics", "ndb", "NDB/K: share of bins of the reference that are too full or too empty", "lower",
+        EMBEDDING,
+    ),
+    "memorisation": Metric(
+        "memorisation", "memorisation", "how many sounds are suspiciously near to one of --training_set", "lower",
+        ("embedding", "training"), curve=False,
+    ),
+    "precision_recall": Metric(
+        "memorisation", "precision_and_recall", "share of sounds among the reference's neighbours, and conversely",
+        "higher", EMBEDDING, curve=False,
+    ),
+    "density_coverage": Metric(
+        "memorisation", "density_and_coverage", "the same, less swayed by outliers", "higher", EMBEDDING, curve=False
+    ),
+    "sounds": Metric(
+        "sounds", "summaries", "length, level, loudness, spectrum and tempo of both sets", "lower", curve=False
+    ),
+    "pair_distances": Metric(
+        "sounds", "pair_distances", "spectral distances and SI-SDR of files of the same name", "lower", ("pairs",),
+        curve=False,
+    ),
 }  # fmt: skip
 
 
@@ -79,6 +122,11 @@ EMBEDDINGS: dict[str, tuple[str, str, str]] = {
     "encodec": ("EnCodec before its codes, =MODEL (facebook/encodec_24khz)", "encoders", "EncodecEmbedding"),
     "encoder": ("wav2vec 2.0, HuBERT, WavLM, MERT, =MODEL or =MODEL@LAYER", "encoders", "SpeechEmbedding"),
     "vggish": ("VGGish without its last ReLU, =vggish-10086976.pth", "vggish", "VGGishEmbedding"),
+    "classifier": (
+        "what evaluate.py train-classifier makes, =DIR",
+        "classifier",
+        "ClassifierFeatures",
+    ),
     "cnn14": ("PANNs CNN14 of 8, 16 or 32 kHz, =FILE.pth", "cnn14", "CNN14Embedding"),
 }
 
@@ -97,6 +145,7 @@ class Options:
     precision: float = 0.1
     classifier: str | None = None
     clap: str | None = None
+    training_set: str | None = None
     caption_column: str = "caption"
 
 
@@ -123,6 +172,11 @@ def check_metrics(metrics: Sequence[str], options: Options) -> None:
             )
         if "captions" in needs and options.clap is None:
             raise UserError(f"The metric {name} needs --clap, a CLAP model of transformers: its folder or Hub id.")
+        if "training" in needs and options.training_set is None:
+            raise UserError(
+                f"The metric {name} needs --training_set, the recordings that the model was trained on (--reference are"
+                " some that it was not trained on)."
+            )
 
 
 def check_sets(

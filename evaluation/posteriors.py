@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForAudioClassification
 
+from tonefield.evaluation.classifier import ClassifierLogits, is_sound_classifier
 from tonefield.evaluation.embeddings import Embedding, fingerprint_of
 from tonefield.evaluation.encoders import load_feature_extractor, load_pretrained
-from tonefield.evaluation.metrics import Comparison
-from tonefield.evaluation.sets import EmbeddedSet
+from tonefield.evaluation.metrics import Comparison, Options
+from tonefield.evaluation.sets import EmbeddedSet, SampleSet
 from tonefield.evaluation.statistics import mean_interval
 
 
@@ -20,6 +21,7 @@ class TransformersClassifier(Embedding):
         self.extractor = load_feature_extractor(weights)
         self.model = load_pretrained(AutoModelForAudioClassification, weights).to(device)
         self.name, self.dim, self.device = f"classifier={weights}", self.model.config.num_labels, device
+        self.labels = [self.model.config.id2label[index] for index in range(self.dim)]
         self.sampling_rate = self.extractor.sampling_rate
         self.window, self.least = 10 * self.sampling_rate, self.sampling_rate // 10
 
@@ -34,13 +36,27 @@ class TransformersClassifier(Embedding):
 
 
 def load_posterior_model(name: str, device: torch.device | str) -> Embedding:
-    """`cnn14=FILE` or an audio classifier of transformers, as an embedding whose rows are logits."""
+    """
+    `cnn14=FILE`, a classifier that `evaluate.py train-classifier` has made, or an audio classifier of transformers, as
+    an embedding whose rows are logits.
+    """
     kind, _, file = name.partition("=")
     if kind == "cnn14" and file:
         from tonefield.evaluation.cnn14 import CNN14Classifier
 
         return CNN14Classifier(file, device)
+    if is_sound_classifier(name):
+        return ClassifierLogits(name, device)
     return TransformersClassifier(name, device)
+
+
+def posterior_model(generated: SampleSet, options: Options) -> Embedding:
+    """What `--classifier` names, loaded once for all metrics."""
+    assert options.classifier is not None
+    memo = generated.root.memo
+    if "posteriors" not in memo:
+        memo["posteriors"] = load_posterior_model(options.classifier, options.device or "cpu")
+    return memo["posteriors"]
 
 
 def log_posteriors(embedded: EmbeddedSet) -> np.ndarray:
@@ -62,12 +78,9 @@ def kl(comparison: Comparison) -> list[dict[str, Any]]:
     The mean divergence between the posteriors of a generated file and of the reference's file of the same name, in
     both directions, for both are in use under the one name.
     """
-    assert comparison.reference is not None and comparison.options.classifier is not None
+    assert comparison.reference is not None
     options, reference, generated = comparison.options, comparison.reference, comparison.generated
-    whole = generated.root
-    if "posteriors" not in whole.memo:
-        whole.memo["posteriors"] = load_posterior_model(options.classifier, options.device or "cpu")
-    model = whole.memo["posteriors"]
+    model = posterior_model(generated, options)
     places = {sample.name: index for index, sample in enumerate(reference.samples)}
     common = [index for index, sample in enumerate(generated.samples) if sample.name in places]
     other = [places[generated.samples[index].name] for index in common]
