@@ -25,6 +25,8 @@ from tonefield.evaluation.metrics import EMBEDDINGS, METRICS, Options, run_metri
 COMMANDS = {
     "train-classifier": ("train_classifier", "train a classifier of labelled recordings, for the class metrics"),
     "sampling": ("sampling", "time, network calls and quality of a pipeline for several solvers and steps"),
+    "likelihood": ("likelihood", "how likely a pipeline holds recordings to be: bits per dimension or token"),
+    "images": ("images", "FID, KID and inception score of folders of pictures"),
     "listening-test": ("listening_test", "write a page on which people listen and judge"),
     "listening-results": ("listening_results", "what they judged: means and intervals"),
 }

@@ -174,8 +174,8 @@ def check_metrics(metrics: Sequence[str], options: Options) -> None:
             raise UserError(f"The metric {name} needs --clap, a CLAP model of transformers: its folder or Hub id.")
         if "training" in needs and options.training_set is None:
             raise UserError(
-                f"The metric {name} needs --training_set, the recordings that the model was trained on (--reference are"
-                " some that it was not trained on)."
+                f"The metric {name} needs --training_set, the recordings that the model was trained on (those of"
+                " --reference it has not seen)."
             )
 
 

@@ -14,7 +14,6 @@ the accuracy on voices that it has never heard; the one that is saved knows all 
 import argparse
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tonefield.command_line import UserError, first_line
+from tonefield.evaluation.recordings import (
+    add_source_arguments,
+    check_positive,
+    check_source,
+    open_source,
+    read_recordings,
+    usual_rate,
+)
 
 
 if TYPE_CHECKING:
@@ -38,14 +45,7 @@ GAIN_DB = 6.0  # how far levels are changed at random
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("recordings")
-    data.add_argument("--input_dir", metavar="DIR", help="a folder of recordings, with a sub-folder for each class")
-    data.add_argument("--dataset_name", metavar="NAME", help="instead: a dataset, a folder or its id on the Hub")
-    data.add_argument("--dataset_config_name", metavar="NAME", help="which configuration of the dataset")
-    data.add_argument("--train_split", default="train", metavar="NAME", help="(default: %(default)s)")
-    data.add_argument(
-        "--audio_column", default="audio", metavar="NAME", help="the dataset's recordings (default: %(default)s)"
-    )
+    data = add_source_arguments(parser, "a folder of recordings, with a sub-folder for each class", "train")
     data.add_argument("--label_column", default="label", metavar="NAME", help="the classes (default: %(default)s)")
     data.add_argument(
         "--speaker_column",
@@ -90,26 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min_accuracy", type=float, default=0.9, metavar="P", help="warn below it (default: %(default)s)"
     )
     model.add_argument("--device", help="where the network computes (default: the GPU if there is one)")
-    model.add_argument(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="threads that read files (default: one a core, here %(default)s)",
-    )
     model.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
 def check(args: argparse.Namespace) -> None:
-    if bool(args.input_dir) == bool(args.dataset_name):
-        raise UserError("Give --input_dir or --dataset_name, one of them.")
+    check_source(args)
+    check_positive(args, "sampling_rate", "seconds", "num_epochs", "batch_size", "learning_rate", "num_workers")
     if not 0 < args.validation_fraction < 1:
         raise UserError(f"--validation_fraction lies between 0 and 1, not at {args.validation_fraction:g}.")
     if not 0 <= args.frequency_warp < 0.5:
         raise UserError(f"--frequency_warp lies between 0 and 0.5, not at {args.frequency_warp:g}.")
-    for name in ("sampling_rate", "seconds", "num_epochs", "batch_size", "learning_rate", "num_workers"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise UserError(f"--{name} must be positive, not {getattr(args, name):g}.")
     folder = Path(args.output_dir)
     if folder.is_file():
         raise UserError(f"--output_dir {folder} is a file: name a folder.")
@@ -129,66 +119,27 @@ class Labelled:
     sampling_rate: int
 
 
-def open_source(args: argparse.Namespace) -> Any:
-    from tonefield.data.audio_folder import AudioColumn, AudioFolder
-    from tonefield.data.loading import load_split
-
-    if args.input_dir:
-        source = AudioFolder(args.input_dir)
-        where, hint = args.input_dir, " Make a sub-folder for each class, or a metadata.csv (file_name,label)."
-    else:
-        rows = load_split(args.dataset_name, args.train_split, False, args.dataset_config_name)
-        source, where, hint = AudioColumn(rows, args.audio_column), args.dataset_name, ""
-    if args.label_column not in source.features:
-        known = f" it has {', '.join(source.features)}." if source.features else hint
-        raise UserError(f"--label_column: {where} has no column {args.label_column!r} of classes;{known}")
-    return source
-
-
 def read_labelled(args: argparse.Namespace) -> Labelled:
     """All recordings that can be read and have a class; what is left out is said."""
     import numpy as np
-    import soundfile
-    from tqdm.auto import tqdm
-
-    from tonefield.data.audio_files import AudioError, read_audio
-    from tonefield.evaluation.sets import in_parallel
 
     source = open_source(args)
-    recordings, rejects = list(source), list(source.rejects)
-    for recording in recordings:
-        if recording.columns.get(args.label_column) is None:
+    where, column = args.input_dir or args.dataset_name, args.label_column
+    if column not in source.features:
+        known = f"it has {', '.join(source.features)}." if source.features else "it has no columns."
+        hint = " Make a sub-folder for each class, or a metadata.csv (file_name,label)." if args.input_dir else ""
+        raise UserError(f"--label_column: {where} has no column {column!r} of classes; {known}{hint}")
+    recordings, rejects = [], list(source.rejects)
+    for recording in source:
+        if recording.columns.get(column) is None:
             rejects.append((recording.name, "has no class"))
-    recordings = [one for one in recordings if one.columns.get(args.label_column) is not None]
-    if args.sampling_rate:
-        rate = args.sampling_rate
-    else:
-        rates = Counter(_rate_of(one.audio, soundfile) for one in recordings[:1000])
-        rate = min(rates.most_common(1)[0][0] or USUAL_RATE, USUAL_RATE) if rates else USUAL_RATE
-
-    def read(recording) -> "np.ndarray | AudioError":
-        try:
-            if recording.audio is None:
-                raise AudioError("has no audio")
-            return read_audio(recording.audio, rate)
-        except AudioError as error:
-            return error
-
-    sounds, kept = [], []
-    bar = tqdm(in_parallel(read, recordings, args.num_workers), "reading", len(recordings), unit="file", disable=None)
-    for recording, sound in zip(recordings, bar, strict=True):
-        if isinstance(sound, AudioError):
-            rejects.append((recording.name, str(sound)))
         else:
-            sounds.append(sound)
-            kept.append(recording)
-    for name, reason in rejects[:10]:
-        print(f"left out: {name} {reason}", file=sys.stderr)
-    if len(rejects) > 10:
-        print(f"left out: {len(rejects) - 10} more", file=sys.stderr)
+            recordings.append(recording)
+    rate = args.sampling_rate or min(usual_rate(recordings) or USUAL_RATE, USUAL_RATE)
+    kept, sounds = read_recordings(recordings, rate, args.num_workers, rejects)
 
-    feature = source.features[args.label_column]
-    values = [one.columns[args.label_column] for one in kept]
+    feature = source.features[column]
+    values = [one.columns[column] for one in kept]
     texts = [feature.names[value] if hasattr(feature, "names") else str(value) for value in values]
     names = sorted(set(texts))
     counts = Counter(texts)
@@ -210,15 +161,6 @@ def read_labelled(args: argparse.Namespace) -> Labelled:
         [str(speaker) for speaker in speakers] if known else None,
         rate,
     )
-
-
-def _rate_of(audio: Any, soundfile) -> int | None:
-    from io import BytesIO
-
-    try:
-        return soundfile.info(BytesIO(audio) if isinstance(audio, bytes) else str(audio)).samplerate
-    except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
-        return None
 
 
 def hold_out_of_classes(labels: "np.ndarray", fraction: float, seed: int) -> "np.ndarray":

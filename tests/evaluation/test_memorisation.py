@@ -142,7 +142,11 @@ def folders(tmp_path_factory):
 
 def test_copies_are_found(folders):
     (result,) = evaluate(
-        folders / "held_out", folders / "copies", ["memorisation"], training_set=str(folders / "training"), device="cpu"
+        folders / "held_out",
+        folders / "copies",
+        ["memorisation"],
+        training_set=str(folders / "training"),
+        device="cpu",
     )["results"]
     found = {pair["file"]: pair for pair in result["pairs"][:6]}
     assert sorted(found) == [f"{index:02d}.wav" for index in range(6)]  # the nearest of all
@@ -159,7 +163,11 @@ def test_copies_are_found(folders):
 
 def test_honest_sounds_are_as_near_as_held_out_ones(folders):
     (result,) = evaluate(
-        folders / "held_out", folders / "honest", ["memorisation"], training_set=str(folders / "training"), device="cpu"
+        folders / "held_out",
+        folders / "honest",
+        ["memorisation"],
+        training_set=str(folders / "training"),
+        device="cpu",
     )["results"]
     assert result["interval"][0] <= 0.05 <= result["interval"][1]
     assert result["copies"] == 0 and result["warnings"] == []
