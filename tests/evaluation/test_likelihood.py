@@ -243,7 +243,7 @@ def test_datasets_of_mels_and_tokens(recordings, models, tmp_path, capsys):
     flags[0] = "--sample_rate=3000"
     source = [f"--input_dir={source_folder}", f"--output_dir={tmp_path / 'other'}"]
     audio_to_images.main(audio_to_images.parse_args([*source, *flags]))
-    with pytest.raises(UserError, match="was made by a front end .*, but the model sees sounds through"):
+    with pytest.raises(UserError, match=r"was made by a front end .*, but the model sees sounds through"):
         run(capsys, "--model", models / "mels", "--dataset_name", tmp_path / "other", "--split=train")
 
 

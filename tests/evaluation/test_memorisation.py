@@ -195,5 +195,5 @@ def test_shares_in_reports(folders):
 def test_the_training_set_has_to_be_named(folders):
     with pytest.raises(UserError, match="memorisation needs --training_set"):
         evaluate(folders / "held_out", folders / "honest", ["memorisation"])
-    with pytest.raises(UserError, match="--training_set .* does not exist"):
+    with pytest.raises(UserError, match=r"--training_set .* does not exist"):
         evaluate(folders / "held_out", folders / "honest", ["memorisation"], training_set=str(folders / "nothing"))
