@@ -6,6 +6,7 @@ from tonefield._lazy import attach
 
 
 if TYPE_CHECKING:
+    from .classifier import SoundClassifier as SoundClassifier
     from .embeddings import load_embedding as load_embedding
     from .metrics import evaluate as evaluate
     from .sets import AudioSet as AudioSet
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "AudioSet": "sets",
         "GaussianStats": "statistics",
+        "SoundClassifier": "classifier",
         "evaluate": "metrics",
         "frechet_distance": "statistics",
         "load_embedding": "embeddings",

@@ -332,8 +332,8 @@ def test_the_standard_weights(published, folders, capsys, tmp_path):
     few.mkdir()
     for path in sorted((folders / "real").iterdir())[:2]:
         (few / path.name).write_bytes(path.read_bytes())
-    printed = run(capsys, "--generated", few, "--metrics", "is", "--encoder", f"inception={published}", "--bootstrap=0",
-                  "--out", tmp_path / "r.json")  # fmt: skip
+    flags = ["--metrics", "is", "--encoder", f"inception={published}", "--bootstrap=0", "--out", tmp_path / "r.json"]
+    printed = run(capsys, "--generated", few, *flags)
     assert "resized to 299 x 299 as TensorFlow 1 does" in printed.out
     report = json.loads((tmp_path / "r.json").read_text())
     model = load_inception(published)
