@@ -119,7 +119,8 @@ def number_of_different_bins(
     reference, generated = np.asarray(reference, np.float64), np.asarray(generated, np.float64)
     spread = reference.std(0)
     spread[spread == 0] = 1
-    centres, _ = kmeans2(reference / spread, bins, iter=50, minit="++", seed=np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    centres, _ = kmeans2(reference / spread, bins, iter=50, minit="++", seed=rng)  # pyright: ignore[reportCallIssue]
 
     def counts(rows: np.ndarray) -> np.ndarray:
         nearest = np.concatenate([

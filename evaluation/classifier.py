@@ -107,7 +107,8 @@ def load_sound_classifier(path: str, device: torch.device | str = "cpu") -> Soun
         if config.get("_class_name") != SoundClassifier.__name__:
             kind = config.get("_class_name") or config.get("model_type") or "something else"
             raise ValueError(f"it holds a {kind}")
-        return SoundClassifier.from_pretrained(path).eval().to(device)
+        model: Any = SoundClassifier.from_pretrained(path)
+        return model.eval().to(device)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path} is not a classifier that evaluate.py train-classifier has made: {first_line(error)}"

@@ -83,9 +83,9 @@ POOLED_AFTER = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
 class Convolution(nn.Module):
     def __init__(self, channels: int, width: int, kernel: str):
         super().__init__()
-        sides = [int(side) for side in kernel.lstrip("sv").split("x")]
-        sides = sides if len(sides) == 2 else sides * 2
-        padding = [0, 0] if kernel[0] in "sv" else [side // 2 for side in sides]
+        sizes = [int(side) for side in kernel.lstrip("sv").split("x")]
+        sides = sizes[0], sizes[-1]
+        padding = (0, 0) if kernel[0] in "sv" else (sides[0] // 2, sides[1] // 2)
         stride = 2 if kernel[0] == "s" else 1
         self.conv = nn.Conv2d(channels, width, sides, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)

@@ -84,7 +84,8 @@ def with_solver(scheduler: Any, name: str | None) -> Any:
         return type(scheduler).from_config(scheduler.config)
     if isinstance(scheduler, (PoissonFlowScheduler, ScoreEntropyScheduler, ScoreSDEScheduler)):
         field = "predictor" if isinstance(scheduler, ScoreEntropyScheduler) else "solver_type"
-        return type(scheduler).from_config(scheduler.config, **{field: name})
+        changed: dict[str, Any] = {field: name}
+        return type(scheduler).from_config(scheduler.config, **changed)
     compatible = {cls.__name__: cls for cls in [type(scheduler), *scheduler.compatibles]}
     if name not in compatible:
         kind = "is not one" if hasattr(diffusers, name) else "does not exist"
@@ -151,7 +152,7 @@ def generate(pipe: Any, steps: int, conditions: Sequence[dict], places: Sequence
 
     from tonefield.training.randomness import make_generators
 
-    together = {name: [one[name] for one in conditions] for name in conditions[0]}
+    together: dict[str, Any] = {name: [one[name] for one in conditions] for name in conditions[0]}
     parameters = inspect.signature(pipe.__call__).parameters
     if "batch_size" in parameters:
         together["batch_size"] = len(places)

@@ -252,9 +252,7 @@ def augment(mels: "torch.Tensor", frequency_warp: float, decibel: float, generat
     return warped
 
 
-def fit(
-    model: "SoundClassifier", mels: "torch.Tensor", labels: "torch.Tensor", args: argparse.Namespace, title: str
-) -> None:
+def fit(model: Any, mels: "torch.Tensor", labels: "torch.Tensor", args: argparse.Namespace, title: str) -> None:
     """Trains on mels in [-1, 1] and leaves the model in evaluation mode."""
     import torch
     from tqdm.auto import tqdm
@@ -355,7 +353,8 @@ def main(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = choose_mel(data, args.seconds)
     try:
-        mel = MelSpectrogram(**settings).to(device)
+        mel: Any = MelSpectrogram(**settings)
+        mel = mel.to(device)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"The classifier cannot be built: {first_line(error)}") from None
     mels, owners = make_mels(data, mel, 256)
