@@ -304,13 +304,20 @@ def of_recordings(logits: "np.ndarray", owners: "np.ndarray", temperature: float
 
 
 def calibrate(logits: "np.ndarray", owners: "np.ndarray", labels: "np.ndarray") -> float:
-    """The temperature with the highest likelihood of recordings whose classes are known (Guo et al. 2017)."""
+    """
+    The temperature with the highest likelihood of recordings whose classes are known (Guo et al. 2017).
+
+    To n recordings comes one that might be of any class, with the probabilities of any of them: few recordings, all
+    of them recognised, are no reason for certainty.
+    """
     import numpy as np
     from scipy.optimize import minimize_scalar
 
+    n = len(labels)
+
     def loss(log_temperature: float) -> float:
         log_p = of_recordings(logits, owners, math.exp(log_temperature))
-        return -float(log_p[np.arange(len(labels)), labels].mean())
+        return -float((n * log_p[np.arange(n), labels] + log_p.mean(1)).mean()) / (n + 1)
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.1), math.log(10)), method="bounded").x)
 

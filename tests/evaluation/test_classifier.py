@@ -103,6 +103,18 @@ def test_calibration_finds_the_temperature_of_known_logits():
     assert calibrate(0.4 * truth, np.arange(20000), labels) == pytest.approx(0.4, rel=0.03)
 
 
+def test_few_recordings_are_no_reason_for_certainty():
+    def temperature(n):
+        labels = np.arange(n) % 5
+        return calibrate(8 * np.eye(5)[labels], np.arange(n), labels)  # all of them are recognised
+
+    # The best probability of the right class is (n + 1/5) / (n + 1)
+    for n in (20, 200):
+        p = (n + 0.2) / (n + 1)
+        assert temperature(n) == pytest.approx(8 / np.log(4 * p / (1 - p)), rel=1e-3)
+    assert temperature(20) > temperature(200)
+
+
 def test_pieces_of_a_recording_are_averaged():
     logits = np.random.default_rng(0).normal(size=(5, 3))
     p = np.exp(log_softmax(logits / 1.7, axis=1))
