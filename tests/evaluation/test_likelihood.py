@@ -106,6 +106,9 @@ def test_classes_change_the_likelihood():
     for labels, row in ([[0] * 40], table[0]), ([[1] * 40], table[1]), ([None], table.mean(0)):
         nats, _ = negative_log_likelihoods(pipe, [codes] * 40, labels[0], num_draws=60, batch_size=40)
         assert nats.mean() == pytest.approx(-math.log(row[7]), abs=0.02)
+    result = measure(pipe, [codes] * 40, [0] * 20 + [1] * 20, [0, 1], num_draws=60, batch_size=40)
+    expected = [-math.log2(row[7]) / 2 for row in table]
+    assert result["bits_per_token_of_each"] == pytest.approx(expected, abs=0.02)
 
 
 def test_tokens_of_sounds_are_cut_into_windows():
@@ -171,7 +174,7 @@ def models(tmp_path_factory):
     blocks = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
     blocks |= dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     unet = UNet2DModel((8, 8), 1, 1, num_class_embeds=3, add_attention=False, **blocks)
-    pipe = MelPFGMPipeline(unet, PoissonFlowScheduler(), small_mel(), label2id={"low": 0, "high": 1})
+    pipe = MelPFGMPipeline(unet, PoissonFlowScheduler(), small_mel(mean=-0.4, std=0.5), label2id={"low": 0, "high": 1})
     pipe.save_pretrained(root / "mels")
     random_token_pipe(hop=4).save_pretrained(root / "tokens")
     unet = UNet2DModel((8, 8), 1, 1, add_attention=False, **blocks)

@@ -59,6 +59,8 @@ def test_pauses_count_as_silence_and_nothing_else():
     measured = summarize(np.concatenate([tone, np.zeros(3 * RATE, np.float32)]), RATE)
     assert measured["silence"] == pytest.approx(0.75, abs=0.01)
     assert measured["centroid"] == pytest.approx(summarize(tone, RATE)["centroid"], abs=1)
+    both = summarize(np.concatenate([tone, sine(4000, amplitude=0.05)]), RATE)  # 20 dB quieter
+    assert both["centroid"] == pytest.approx((2000 + 0.01 * 4000) / 1.01, abs=5)
     silent = summarize(np.zeros(RATE, np.float32), RATE)
     assert silent["silence"] == 1 and silent["loudness"] == -math.inf and silent["peak_db"] == -math.inf
     assert math.isnan(silent["centroid"])
