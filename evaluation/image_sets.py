@@ -62,8 +62,8 @@ class ImageSet(SampleSet):
             )
         return cls(str(folder), samples, rejects, num_workers, cache_dir)
 
-    def load(self, sample: Sample, embedding: Embedding) -> np.ndarray:
-        return read_picture(sample.source)
+    def load(self, samples: Sequence[Sample], embedding: Embedding) -> list[np.ndarray]:
+        return [read_picture(sample.source) for sample in samples]
 
 
 def read_picture(path: Path) -> np.ndarray:

@@ -253,7 +253,7 @@ def test_pictures_that_cannot_be_read_are_listed(tmp_path):
     found = ImageSet.open(tmp_path)
     assert [sample.name for sample in found.samples] == ["deep/er/000.png", "deep/er/001.png", "grey.png"]
     assert found.rejects[0][0] == "broken.jpg" and "cannot be read as a picture" in found.rejects[0][1]
-    grey = found.load(found.samples[2], None)
+    (grey,) = found.load(found.samples[2:], None)
     assert grey.shape == (7, 9, 3) and (grey == 100).all()
     with pytest.raises(UserError, match=r"--x .*nowhere does not exist"):
         ImageSet.open(tmp_path / "nowhere", flag="--x")
