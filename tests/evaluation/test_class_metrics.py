@@ -163,3 +163,12 @@ def test_numbers_are_classes_of_the_folder_they_come_from():
     sample = Sample("two/x.wav", None, "", {"label": 0})
     assert wanted_class(sample, LABELS, class_names=["two", "zzz"]) == "two"
     assert wanted_class(Sample("x.wav", None, "", {"label": 3}), LABELS) == "3"  # a name that is a number
+
+
+def test_a_prompt_names_the_wanted_class():
+    def wanted(prompt, name="000.wav"):
+        return wanted_class(Sample(name, None, "", {"prompt": prompt}), ["six", "seven"])
+
+    assert wanted("jackson says seven") == "seven"
+    assert wanted("six or seven", "six.wav") == "six"  # two of them are none
+    assert wanted(None) is None

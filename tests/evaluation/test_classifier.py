@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 import tonefield.evaluate as script
 from tonefield.command_line import UserError
 from tonefield.evaluation import AudioSet, SoundClassifier, evaluate, frechet_distance, load_embedding
-from tonefield.evaluation.classifier import load_sound_classifier
+from tonefield.evaluation.classifier import ClassifierLogits, load_sound_classifier
 from tonefield.evaluation.posteriors import load_posterior_model, log_posteriors
 from tonefield.evaluation.statistics import GaussianStats
 from tonefield.evaluation.train_classifier import (
@@ -131,8 +131,14 @@ def test_augmentation():
     assert (same[:, 0, 6:] < -0.99).all() and (same[:, 0, :5] < -0.99).all()  # no other band sounds
     assert ((same[:, 0, 5] > 0.19).any(1)).float().mean() > 0.75  # the band is wiped out in some
     moved = augment(mels, 0.3, 0.0, generator)[:, 0].amax(2).argmax(1)
+    # Band b is read at stretch * (b + 1/2) - 1/2: the lowest bands stay
     assert set(moved.tolist()) > {4, 5, 6} and moved.max() <= 9
-    louder = augment(mels, 0.0, 0.05, generator)[:, 0].amax((1, 2))
+    low = torch.full((64, 1, 20, 40), -1.0)
+    low[:, :, 0] = 0.2
+    assert (augment(low, 0.3, 0.0, generator)[:, 0].amax(2).argmax(1) == 0).all()
+    shifted = augment(mels, 0.0, 0.05, generator)[:, 0]
+    assert (shifted[:, 10:] == -1).all()  # silence is not made louder
+    louder = shifted.amax((1, 2))
     assert louder.max() > 0.4 and louder.min() < 0.0 and louder.max() <= 0.2 + 6 * 0.05 + 1e-5
 
 
@@ -154,6 +160,11 @@ def test_a_classifier_of_known_weights(tmp_path):
     assert {"config.json", "diffusion_pytorch_model.safetensors"} == {path.name for path in tmp_path.iterdir()}
     loaded = load_sound_classifier(str(tmp_path))
     torch.testing.assert_close(loaded(waveform).logits, output.logits)
+    before = ClassifierLogits(str(tmp_path)).fingerprint()
+    assert ClassifierLogits(str(tmp_path)).fingerprint() == before
+    model.register_to_config(temperature=3.0)
+    model.save_pretrained(tmp_path)
+    assert ClassifierLogits(str(tmp_path)).fingerprint() != before  # kept logits are not those of another temperature
     assert loaded.labels == ["a", "b", "c"] and loaded.config.card == {"accuracy": 0.5}
     assert loaded.front_end.config.mean == -0.5
     with pytest.raises(ValueError, match="A waveform has 5000 samples, but the classifier sees 1023"):
