@@ -16,7 +16,8 @@ help: ## Show this list
 	@echo
 	@echo 'VENV=$(VENV) PYTHON=$(PYTHON) can be set; ARGS="..." is passed on to the command that a target runs.'
 
-demo: $(INSTALLED) ## Make a few sounds and their spectrograms in demo/
+demo: $(INSTALLED) ## Speak the ten digits, and make a few sounds and their spectrograms, in demo/
+	@$(BIN)/python inference.py --output_dir demo/digits
 	@$(BIN)/python -m tonefield.data.demo --output_dir demo $(ARGS)
 
 test: $(INSTALLED) ## Run the tests, without the slow ones
