@@ -128,8 +128,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def options_from(args: argparse.Namespace) -> Options:
     from tonefield.evaluation.sets import default_cache_dir
 
-    flags = {name: value for name, value in vars(args).items() if name in vars(Options())}
-    return Options(**flags | {"cache_dir": None if args.no_cache else args.cache_dir or str(default_cache_dir())})
+    flags: dict[str, Any] = {name: value for name, value in vars(args).items() if name in vars(Options())}
+    flags["cache_dir"] = None if args.no_cache else args.cache_dir or str(default_cache_dir())
+    return Options(**flags)
 
 
 def check_out(out: str) -> None:

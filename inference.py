@@ -374,7 +374,8 @@ def make_batch(pipe, call: dict[str, Any], sounds: Sequence[Sound]):
         conditions["prompt"] = [sound.prompt for sound in sounds]
     if sounds[0].class_label is not None:
         names = pipe.config.label2id or {}
-        conditions["class_labels"] = [s.class_label if s.class_label in names else int(s.class_label) for s in sounds]
+        labels = [sound.class_label or "" for sound in sounds]
+        conditions["class_labels"] = [label if label in names else int(label) for label in labels]
     if not conditions.get("prompt"):
         conditions |= count_argument(pipe, len(sounds))
     return pipe(**call, **conditions, generator=seeded(sounds)).audios
@@ -398,14 +399,14 @@ def make_path(pipe, args: argparse.Namespace, call: dict[str, Any], sounds: Sequ
     if not hasattr(pipe, "interpolate"):
         refuse(pipe, "interpolate", "there is nothing between two tokens")
     a, b, _ = args.interpolate
-    told = {"prompt": sounds[0].prompt} if sounds[0].prompt else {}
+    told: dict[str, Any] = {"prompt": sounds[0].prompt} if sounds[0].prompt else {}
     if sounds[0].class_label is not None:
         named = sounds[0].class_label in (pipe.config.label2id or {})
         told["class_labels"] = sounds[0].class_label if named else int(sounds[0].class_label)
     if a.isdigit() and b.isdigit():
         width = () if "batch_size" in count_argument(pipe, 1) else (pipe._window,)
-        ends = [pipe.prepare_noise(1, *width, torch.Generator().manual_seed(int(seed))) for seed in (a, b)]
-        path = interpolate_latents(*ends, torch.linspace(0, 1, len(sounds), dtype=torch.float64))
+        start, end = (pipe.prepare_noise(1, *width, torch.Generator().manual_seed(int(seed))) for seed in (a, b))
+        path = interpolate_latents(start, end, torch.linspace(0, 1, len(sounds), dtype=torch.float64))
         return pipe(**call, **told, latents=path, generator=seeded(sounds)).audios
     for end in (a, b):
         if not os.path.exists(end):
@@ -560,7 +561,9 @@ def main(args: argparse.Namespace) -> None:
         manifest.write("\n")  # ends a line that was cut off
         for batch in batches[state.process_index :: state.num_processes]:
             try:
-                waveforms = make_path(pipe, args, call, batch) if args.interpolate else make_batch(pipe, call, batch)
+                waveforms: Any = (
+                    make_path(pipe, args, call, batch) if args.interpolate else make_batch(pipe, call, batch)
+                )
             except (ValueError, TypeError) as error:
                 raise UserError(first_line(error)) from None
             for sound, waveform in zip(batch, waveforms, strict=True):

@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -43,7 +44,7 @@ def make(folder: Path, clips: int, seconds: float, seed: int) -> None:
 def make_cnn14(file: Path, width: float) -> None:
     """Random weights in the published format, for 32 kHz."""
     torch.manual_seed(0)
-    network = CNN14(513, 64, [round(width * 2**index) for index in range(6, 12)], 2048, 527)
+    network: Any = CNN14(513, 64, [round(width * 2**index) for index in range(6, 12)], 2048, 527)
     mels = librosa.filters.mel(sr=32000, n_fft=1024, n_mels=64, fmin=50, fmax=14000)
     network.logmel_extractor.melW.copy_(torch.from_numpy(mels.T))
     torch.save({"model": network.state_dict()}, file)
@@ -74,8 +75,9 @@ def measure(name: str, sets: list[Path], cache: Path, args: argparse.Namespace) 
 
     def ours() -> tuple[float, float]:
         start = time.perf_counter()
+        reference, generated = sets
         report = evaluate(
-            *sets, ["fad"], [embedding], device=args.device, cache_dir=str(cache), bootstrap=0,
+            reference, generated, ["fad"], [embedding], device=args.device, cache_dir=str(cache), bootstrap=0,
             num_workers=args.num_workers, batch_size=args.batch_size,
         )  # fmt: skip
         return report["results"][0]["value"], time.perf_counter() - start

@@ -83,11 +83,11 @@ def main(args: argparse.Namespace) -> None:
         rate, size = mel.config.sample_rate, sum(p.numel() for p in vocoder.parameters()) if vocoder else 0
         clips = np.stack([synthesize(KINDS[i % 3], args.seconds, rate, seed=i) for i in range(args.batch)])
         for device in devices:
-            mel = mel.to(device)
-            speaker = None if vocoder is None else vocoder.to(device).eval()
+            mel.to(torch.device(device))  # pyright: ignore
+            speaker = None if vocoder is None else vocoder.to(torch.device(device)).eval()  # pyright: ignore
             mels = mel.encode(torch.from_numpy(clips).to(device))
 
-            def speak(mel=mel, speaker=speaker, mels=mels):
+            def speak(mel=mel, speaker=speaker, mels=mels) -> torch.Tensor:
                 return make_sound(mel, speaker, mels, torch.Generator().manual_seed(0), None, loop=False)
 
             speed = args.batch * args.seconds / seconds_of(speak, args.runs)

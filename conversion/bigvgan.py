@@ -82,7 +82,8 @@ def mel_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_mels": config["num_mels"], "f_min": float(config["fmin"]),
         "f_max": float(config["fmax"] or config["sampling_rate"] / 2),
     }  # fmt: skip
-    for name, preset in PRESETS.items():
+    presets: Any = PRESETS
+    for name, preset in presets.items():
         made = {"f_min": 0.0, **preset, "f_max": float(preset.get("f_max") or preset["sample_rate"] / 2)}
         if preset.get("method") == "bigvgan" and all(made[key] == value for key, value in mel.items()):
             return mel | {"preset": name}

@@ -247,7 +247,8 @@ def convert_pfgm(file: str | os.PathLike, config_name: str | None = None, weight
         "description": f"PFGM, imported from a published checkpoint of the configuration `{label}`.",
         "license": settings["license"], "num_inference_steps": 18, "network": label, "weights": weights,
     }  # fmt: skip
-    return MelPFGMPipeline(unet.eval(), scheduler, mel, card=card)
+    unet.eval()
+    return MelPFGMPipeline(unet, scheduler, mel, card=card)  # pyright: ignore
 
 
 def find_checkpoint(name: str) -> Path:

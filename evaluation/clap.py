@@ -43,11 +43,12 @@ class ClapEmbedding(Embedding):
             self.extractor = load_feature_extractor(weights)
             self.model = load_pretrained(ClapModel, weights)
             self.tokenizer_name = weights
-        self.model.to(device)
-        e = self.extractor
+        self.model.to(torch.device(device))  # pyright: ignore
+        e: Any = self.extractor
         self.name, self.dim, self.device = f"clap={weights}", self.model.config.projection_dim, device
         self.sampling_rate, self.window, self.least = e.sampling_rate, e.nb_max_samples, e.sampling_rate // 10
-        fused = self.model.config.audio_config.enable_fusion
+        config: Any = self.model.config
+        fused = config.audio_config.enable_fusion
         filters = e.mel_filters if fused else e.mel_filters_slaney
         self.filters = torch.from_numpy(np.asarray(filters)).float().to(device)
         self.channels = 4 if fused else 1
@@ -60,7 +61,8 @@ class ClapEmbedding(Embedding):
     def forward(self, pieces: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
         features = self.log_mel(self.complete(pieces, lengths))[:, None].expand(-1, self.channels, -1, -1)
         longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=pieces.device)
-        return list(self.model.get_audio_features(features, is_longer=longer).pooler_output[:, None])
+        found: Any = self.model.get_audio_features(features, is_longer=longer)
+        return list(found.pooler_output[:, None])
 
     def complete(self, pieces: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Pieces of full length: as many whole repetitions as fit, then silence ("repeatpad"), or what else is set."""
@@ -89,13 +91,15 @@ class ClapEmbedding(Embedding):
         # Without its files a tokenizer may know nothing but its special tokens, and make all texts the same.
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
             raise UserError(f"The tokenizer of {self.tokenizer_name} knows no words: its files are missing.")
-        rows = []
+        rows, config = [], self.model.config
+        longest = config.text_config.max_position_embeddings - 2  # pyright: ignore[reportOptionalMemberAccess]
         for start in range(0, len(texts), batch_size):
             batch = tokenizer(
                 list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt",
-                max_length=self.model.config.text_config.max_position_embeddings - 2,
+                max_length=longest,
             ).to(self.device)  # fmt: skip
-            rows.append(self.model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output.cpu())
+            features: Any = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+            rows.append(features.pooler_output.cpu())
         return torch.cat(rows).double().numpy()
 
 

@@ -66,10 +66,11 @@ def fad(comparison: Comparison) -> dict[str, Any]:
             f" {floor:.3g}"
         )
     thin = [one.thinned(MOST_ROWS) for one in (reference, generated)]
-    sets = [(few.rows, few.counts, one.stats) for few, one in zip(thin, (reference, generated), strict=True)]
+    sets: Any = [(few.rows, few.counts, one.stats) for few, one in zip(thin, (reference, generated), strict=True)]
     interval = None
     if min(len(reference), len(generated)) > 1:
-        interval = statistics.frechet_interval(value, *sets, comparison.options.bootstrap, comparison.options.seed)
+        resamples, seed = comparison.options.bootstrap, comparison.options.seed
+        interval = statistics.frechet_interval(value, sets[0], sets[1], resamples, seed)
     return result | {
         "interval": interval,
         "floor": floor,
@@ -118,13 +119,13 @@ def _kernel_distance(comparison: Comparison, name: str, kernel: statistics.Kerne
     """An unbiased distance and its standard error; what belongs to one set alone is computed once."""
     reference, generated = _thinned(comparison)
     device = comparison.options.device or "cpu"
-    sums = []
+    sums: Any = []
     for one in (reference, generated):
         if name not in one.memo:
             one.memo[name] = statistics.kernel_sums(one.rows, one.counts, kernel, device)
         sums.append(one.memo[name])
     crossed = statistics.cross_sums(reference.rows, reference.counts, generated.rows, generated.counts, kernel, device)
-    return statistics.unbiased_distance(*sums, crossed, reference.counts, generated.counts)
+    return statistics.unbiased_distance(sums[0], sums[1], crossed, reference.counts, generated.counts)
 
 
 def kad(comparison: Comparison) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class MelStatistics(Embedding):
         from tonefield.models import MelSpectrogram
 
         self.device = device
-        self.mel = MelSpectrogram(16000, 1024, 256, self.bands, 64, f_min=20.0).to(device)
+        self.mel = MelSpectrogram(16000, 1024, 256, self.bands, 64, f_min=20.0)
+        self.mel.to(torch.device(device))  # pyright: ignore
 
     def fingerprint(self) -> str:
         return f"mel-statistics-1-{self.mel.fingerprint()}"

@@ -252,7 +252,8 @@ def run_metrics(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {first_line(error)}") from None
     wanted = any("embedding" in METRICS[name].needs for name in metrics)
-    loaded = [e if isinstance(e, Embedding) else load_embedding(e, options.device) for e in embeddings if wanted]
+    device = options.device or "cpu"
+    loaded = [e if isinstance(e, Embedding) else load_embedding(e, device) for e in embeddings if wanted]
 
     def opened(source, flag: str) -> AudioSet:
         if isinstance(source, AudioSet):
@@ -272,7 +273,8 @@ def run_metrics(
                 comparison = Comparison(judged, other, options, embedding)
                 about = {"metric": name, "reference": other and other.name, "better": metric.better}
                 about |= {"embedding": embedding and embedding.name}
-                title = " ".join(filter(None, [name, embedding and embedding.name, other and f"to {other.name}"]))
+                parts = [name, embedding.name if embedding else "", f"to {other.name}" if other else ""]
+                title = " ".join(filter(None, parts))
                 try:
                     found = function(comparison)
                     if options.curve and metric.curve:

@@ -27,7 +27,8 @@ from tonefield.evaluation.statistics import GaussianStats
 if TYPE_CHECKING:
     from tonefield.evaluation.embeddings import Embedding
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 SILENCE_DB = -60.0  # of full scale: a recording that peaks below is called silent
 RESAMPLER = "soxr HQ"
@@ -118,9 +119,9 @@ class EmbeddedSet:
 
     def subset(self, indices: Sequence[int]) -> "EmbeddedSet":
         """The embeddings of some of the files, in the order of `indices`, which may repeat one."""
-        indices = np.asarray(indices)
-        counts = self.counts[indices]
-        before = np.repeat(self.starts[indices] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        places = np.asarray(indices)
+        counts = self.counts[places]
+        before = np.repeat(self.starts[places] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
         return EmbeddedSet(self.rows[before + np.arange(counts.sum())], counts)
 
 

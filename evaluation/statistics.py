@@ -234,14 +234,14 @@ def frechet_infinity(
     if len(sizes) < 3:
         raise ValueError(f"{n} clips are too few for a line through distances of more and more of them.")
     rng = np.random.default_rng(seed)
-    values = [
+    values = np.array([
         frechet_distance(reference, GaussianStats.of(rows[np.sort(rows_of(counts, rng.permutation(n)[:size]))]))
         for size in sizes
-    ]
+    ])  # fmt: skip
     slope, value = np.polyfit(1 / sizes, values, 1)
     residuals = values - (value + slope / sizes)
     r_squared = 1 - np.square(residuals).sum() / max(np.square(values - np.mean(values)).sum(), 1e-300)
-    return Extrapolation(float(value), float(slope), float(r_squared), sizes.tolist(), values)
+    return Extrapolation(float(value), float(slope), float(r_squared), sizes.tolist(), values.tolist())
 
 
 def frechet_per_clip(reference: GaussianStats, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """One call each that loads whichever audio tokenizer or vocoder a name stands for."""
 
 import os
+from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
@@ -85,12 +86,13 @@ def load_vocoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         config = MMAudioVocoder.load_config(name, **kwargs)
         for cls in (MMAudioVocoder, LTX2Vocoder):
             if config.get("_class_name") == cls.__name__:
-                return cls.from_pretrained(name, **kwargs).requires_grad_(False).eval()
+                vocoder: Any = cls.from_pretrained(name, **kwargs)
+                return vocoder.requires_grad_(False).eval()
         if "_class_name" not in config and "upsample_initial_channel" in config:
             if os.path.isdir(name):
-                return convert_bigvgan(os.path.join(name, kwargs.get("subfolder") or ""))
+                return convert_bigvgan(os.path.join(name, kwargs.get("subfolder") or ""))  # pyright: ignore
             hf_hub_download(name, CONFIG, **kwargs)
-            return convert_bigvgan(hf_hub_download(name, GENERATOR, **kwargs))
+            return convert_bigvgan(hf_hub_download(name, GENERATOR, **kwargs))  # pyright: ignore
     except OSError as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{name} is neither a folder nor a Hub id of a vocoder that can be read: {reason}") from error

@@ -8,6 +8,7 @@ the files of all local repositories into one package.
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -34,7 +35,7 @@ def check_lora(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
     weights = {name.removeprefix("unet."): value for name, value in weights.items() if name.startswith("unet.")}
     if not weights:
         raise ValueError("These weights are no LoRA of a U-Net: none of their names begins with 'unet.'.")
-    layers = dict(network.named_modules())
+    layers: Any = dict(network.named_modules())
     for name, value in weights.items():
         path, _, part = name.removesuffix(".weight").rpartition(".")
         if part not in ("lora_A", "lora_B"):  # what other programs write is left to diffusers
@@ -79,8 +80,11 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
         if not isinstance(given, dict) and not os.path.isfile(given):
             kwargs.setdefault("weight_name", LORA_WEIGHT_NAME_SAFE)
         try:
-            weights, alphas, metadata = self.lora_state_dict(
-                given, use_safetensors=True, return_lora_metadata=True, **kwargs
+            weights, alphas, metadata = self.lora_state_dict(  # pyright: ignore
+                given,
+                use_safetensors=True,
+                return_lora_metadata=True,
+                **kwargs,  # pyright: ignore
             )
         except OSError as error:
             reason = " ".join(str(error).split())

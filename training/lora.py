@@ -52,7 +52,7 @@ def save_lora(network, folder: Path) -> None:
         network.base_fingerprint
     )  # here, not before: peft would look for it on the Hub
     StableDiffusionLoraLoaderMixin.save_lora_weights(
-        folder, get_peft_model_state_dict(network, adapter_name=NAME), unet_lora_adapter_metadata=settings
+        folder, dict(get_peft_model_state_dict(network, adapter_name=NAME)), unet_lora_adapter_metadata=settings
     )
 
 
