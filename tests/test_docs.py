@@ -1,0 +1,131 @@
+"""Everything that docs/ tells its readers to type is typed here; what is generated in it is what the code says."""
+
+import argparse
+import re
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+from typed_pages import ROOT, blocks_of, build, make_strikes, type_in
+
+
+PAGES = build.pages()
+TYPED = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks_of(page))]
+CONSOLE = [
+    (block.place, command)
+    for page in [ROOT / "README.md", *PAGES]
+    for block in blocks_of(page)
+    if block.language in ("console", "bash")
+    for command in block.commands
+]
+PICTURES = sorted((build.DOCS / "pictures").glob("*.png"))
+
+
+def name(page):
+    return page.relative_to(build.DOCS).as_posix()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder in which a reader of all pages works, with recordings of drums."""
+    folder = tmp_path_factory.mktemp("docs")
+    make_strikes(folder / "drums")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def typed():
+    """The pages that have been gone through."""
+    return set()
+
+
+def go_through(page, typed):
+    """Types all of a page, after the pages that it says it goes on from."""
+    if page in typed:
+        return
+    typed.add(page)
+    for before in re.findall(r"<!-- goes on from: (.+?) -->", page.read_text(encoding="utf-8")):
+        go_through((page.parent / before).resolve(), typed)
+    known = {}
+    for block in blocks_of(page):
+        if block.language in ("python", "bash"):
+            type_in(block, known)
+
+
+@pytest.mark.parametrize("page", TYPED, ids=name)
+def test_page(page, folder, typed, monkeypatch):
+    monkeypatch.chdir(folder)
+    go_through(page, typed)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if build.GENERATED.search(page.read_text())], ids=name)
+def test_what_is_generated_is_what_the_parsers_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert build.filled(text) == text, f"{name(page)} is out of date: make docs"
+
+
+def test_every_script_and_every_subcommand_has_its_flags_on_a_page():
+    from tonefield.evaluate import COMMANDS
+
+    given = {found[3] for page in PAGES for found in build.GENERATED.finditer(page.read_text(encoding="utf-8"))}
+    scripts = {f"python {path.name}" for path in ROOT.glob("*.py")} - {"python setup.py"}
+    importers = {
+        f"python -m tonefield.conversion.{path.stem}"
+        for path in (ROOT / "conversion").glob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    assert given == scripts | {f"python evaluate.py {command}" for command in COMMANDS} | importers | {
+        "METRICS", "EMBEDDINGS"
+    }  # fmt: skip
+
+
+def test_flags_of_commands_exist():
+    """Also of those that are not run, because they need the Hub, a GPU or hours."""
+    parsed = 0
+    for place, command in CONSOLE:
+        words = shlex.split(command)
+        start = next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), None)
+        if start is None:
+            continue
+        words = words[start:]
+        size = 2 if words[0] == "-m" or words[1:] and words[1] in ("train-classifier", "sampling", "likelihood",
+            "images", "listening-test", "listening-results") else 1  # fmt: skip
+        parser = build.parser_of(shlex.join(["python", *words[:size]]))
+        try:
+            parser.parse_args(words[size:])
+        except SystemExit as left:
+            pytest.fail(f"{place}: {command}: {left}")
+        parsed += 1
+    assert parsed > 50
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_all_pages_are_in_the_index():
+    index = (build.DOCS / "README.md").read_text(encoding="utf-8")
+    assert all(f"({name(page)})" in index for page in PAGES if name(page) != "README.md")
+
+
+def test_pictures_are_what_the_code_draws(tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("docs_pictures", build.DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.draw_all(tmp_path)
+    assert [path.name for path in PICTURES] == sorted(path.name for path in tmp_path.iterdir())
+    for path in PICTURES:
+        assert path.stat().st_size < 60_000
+        ours, drawn = (np.asarray(Image.open(folder / path.name).convert("RGB"), float) for folder in (path.parent, tmp_path))
+        # Another version of Matplotlib may set letters a little differently.
+        assert ours.shape == drawn.shape and np.abs(ours - drawn).mean() < 4, path.name
+    shown = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"pictures/{path.name}" in shown for path in PICTURES)
