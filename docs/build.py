@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -44,7 +45,8 @@ def run_python(words: list[str]) -> None:
     """What `python` followed by these words does, in this process; a script is looked for in the repository."""
     module = words[0] == "-m"
     argv = words[1:] if module else [str(DOCS.parent / words[0]), *words[1:]]
-    with mock.patch.object(sys, "argv", argv):
+    with mock.patch.object(sys, "argv", argv), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # imported before: no harm
         if module:
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
         else:

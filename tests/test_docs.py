@@ -57,6 +57,7 @@ def go_through(page, typed):
 @pytest.mark.parametrize("page", TYPED, ids=name)
 def test_page(page, folder, typed, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     go_through(page, typed)
 
 
@@ -99,6 +100,20 @@ def test_flags_of_commands_exist():
             pytest.fail(f"{place}: {command}: {left}")
         parsed += 1
     assert parsed > 50
+
+
+def test_flags_in_texts_exist():
+    """In the tables of other projects' flags, ours are on the right."""
+    generated = {found[3] for page in PAGES for found in build.GENERATED.finditer(page.read_text(encoding="utf-8"))}
+    ours = {"--num_processes", "--multi_gpu", "--num_machines", "--machine_rank", "--main_process_ip"}  # of accelerate
+    for command in generated - {"METRICS", "EMBEDDINGS"}:
+        ours |= {option for action in build.parser_of(command)._actions for option in action.option_strings}
+    for page in PAGES:
+        for line in re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL).splitlines():
+            if name(page) == "coming_from.md":
+                line = line.split("|")[2] if line.startswith("|") else ""
+            for code in re.findall(r"`([^`]+)`", line):
+                assert set(re.findall(r"--\w+", code)) <= ours, f"{name(page)}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
