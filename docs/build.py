@@ -66,21 +66,21 @@ def argument_of(action: argparse.Action) -> str:
 
 
 def cell(text: str) -> str:
-    """A text for a table: neither its end nor HTML."""
+    """A text for a table: neither the end of a cell nor HTML."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def row(action: argparse.Action) -> str:
     """One flag, or argument, as a row of a table."""
     both_ways = isinstance(action, argparse.BooleanOptionalAction)
-    names = action.option_strings if both_ways else action.option_strings[:1] or [""]
-    flag = ", ".join(f"`{' '.join(filter(None, (name, argument_of(action))))}`" for name in names)
+    shown = action.option_strings if both_ways else action.option_strings[:1] or [""]
+    flag = ", ".join(f"`{' '.join(filter(None, (name, argument_of(action))))}`" for name in shown)
     if not both_ways and action.option_strings[1:]:
         flag += ", also " + ", ".join(f"`{name}`" for name in action.option_strings[1:])
     text = ((action.help or "") % vars(action)).replace(", here 1", "")  # which is this machine's
     if action.required and action.option_strings:
         text += " (required)"
-    return f"| {flag.replace('|', chr(92) + '|')} | {cell(text)} |"
+    return f"| {cell(flag)} | {cell(text)} |"
 
 
 def flags(command: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/, each from the schedulers and front ends that it explains.
 
-    make docs
+make docs
 """
 
 import math
@@ -32,7 +32,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def exact_path(scheduler: PoissonFlowScheduler, sample: torch.Tensor, data: torch.Tensor, steps: int):
-    """The samples at every level on their way from noise to data, with the exact denoiser for a network, and levels."""
+    """The samples at every level on their way from noise to data, with the exact denoiser, and the levels."""
     scheduler.set_timesteps(steps)
     path, sigmas = [sample], scheduler.sigmas.tolist()
     for index, t in enumerate(scheduler.timesteps):
@@ -58,7 +58,7 @@ def field_lines():
         start = torch.linspace(-9, 9, 31, dtype=torch.float64)[:, None]
         path, sigmas = exact_path(scheduler, start, data, 300)
         axis.plot(path[:, :, 0].numpy(), sigmas, color=BLUE, linewidth=0.7)
-        axis.plot(data[:, 0], [0] * len(data), "o", color=ORANGE, clip_on=False, zorder=3)
+        axis.plot(data[:, 0].numpy(), [0] * len(data), "o", color=ORANGE, clip_on=False, zorder=3)
         axis.set(title=name_of(aug_dim), xlabel="x", xlim=(-5, 5), ylim=(0, 4))
     axes[0].set_ylabel("noise level σ")
     return figure
@@ -71,7 +71,9 @@ def noise_law():
     bins = np.geomspace(0.3, 30, 120)
     for aug_dim, colour in ((1, ORANGE), (8, GREY), (128, BLUE), (LIMIT, "black")):
         noise = PoissonFlowScheduler(aug_dim=aug_dim).sample_noise((3000, size), generator())
-        axis.hist(noise.norm(dim=1) / math.sqrt(size), bins, histtype="step", color=colour, label=name_of(aug_dim))
+        axis.hist(
+            (noise.norm(dim=1) / math.sqrt(size)).numpy(), bins, histtype="step", color=colour, label=name_of(aug_dim)
+        )
     axis.set(xscale="log", yscale="log", xlabel=f"norm of the noise / √N, N = {size}", ylabel="of 3000 draws")
     axis.legend(frameon=False)
     return figure
@@ -87,8 +89,8 @@ def on_the_way():
     figure, axes = plt.subplots(1, 5, figsize=(10, 2.3), layout="constrained")
     for axis, index in zip(axes, (0, 20, 30, 42, 60), strict=True):
         width = 2.4 + 3 * sigmas[index]
-        axis.plot(*data.T, color=ORANGE, linewidth=0.8, alpha=0.6)
-        axis.plot(*path[index].T, ".", color=BLUE, markersize=2)
+        axis.plot(*data.T.numpy(), color=ORANGE, linewidth=0.8, alpha=0.6)
+        axis.plot(*path[index].T.numpy(), ".", color=BLUE, markersize=2)
         axis.set(title=f"σ = {sigmas[index]:.2g}", xlim=(-width, width), ylim=(-width, width), xticks=[], yticks=[])
     return figure
 
@@ -103,7 +105,9 @@ def noisy_mels():
     for axis, time in zip(axes, (0, 100, 250, 500, 999), strict=True):
         shown = scheduler.add_noise(clean, noise, torch.tensor([time])) if time else clean
         share = scheduler.alphas_cumprod[time].item() if time else 1.0
-        axis.imshow(shown[0, 0], origin="lower", cmap="magma", vmin=-2, vmax=2, aspect="auto", interpolation="nearest")
+        axis.imshow(
+            shown[0, 0].numpy(), origin="lower", cmap="magma", vmin=-2, vmax=2, aspect="auto", interpolation="nearest"
+        )
         axis.set(title=f"t = {time}, ᾱ = {share:.2g}", xticks=[], yticks=[])
     return figure
 
@@ -121,8 +125,8 @@ def guidance():
             of_all, of_class = (empirical_denoiser(sample, among, sigma, LIMIT) for among in (data, wanted))
             sample = scheduler.step(of_all + scale * (of_class - of_all), t, sample).prev_sample
         spread = sample + 0.08 * torch.randn(sample.shape, generator=generator(1), dtype=torch.float64)
-        axis.hist(spread[:, 0], np.linspace(-3, 3, 61), color=BLUE)
-        axis.plot(wanted[:, 0], [0] * len(wanted), "o", color=ORANGE, clip_on=False)
+        axis.hist(spread[:, 0].numpy(), np.linspace(-3, 3, 61), color=BLUE)
+        axis.plot(wanted[:, 0].numpy(), [0] * len(wanted), "o", color=ORANGE, clip_on=False)
         axis.set(title=f"guidance_scale = {scale}", xlabel="x", yticks=[])
     return figure
 
@@ -137,8 +141,17 @@ def masks():
         # The same numbers decide at every time, so that rows show one sequence as it is destroyed.
         noisy = scheduler.add_noise(tokens, times, [generator(1) for _ in times])
         shown = np.ma.masked_equal(noisy.numpy(), 8)
-        axis.imshow(shown, cmap=plt.get_cmap("tab10").with_extremes(bad="#222222"), vmin=0, vmax=9, aspect="auto", interpolation="nearest")
-        axis.set(title=f'graph_type="{graph}"', xlabel="position", xticks=[], yticks=[0, 31], yticklabels=["t = 0", "1"])
+        axis.imshow(
+            shown,
+            cmap=plt.get_cmap("tab10").with_extremes(bad="#222222"),
+            vmin=0,
+            vmax=9,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axis.set(
+            title=f'graph_type="{graph}"', xlabel="position", xticks=[], yticks=[0, 31], yticklabels=["t = 0", "1"]
+        )
     return figure
 
 
@@ -147,7 +160,8 @@ def schedules():
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     time = torch.linspace(0, 1, 101, dtype=torch.float64)
     for name in NOISE_SCHEDULES:
-        left.plot(time, ScoreEntropyScheduler(vocab_size=8, noise_schedule=name).noise.masked(time), label=name)
+        masked = ScoreEntropyScheduler(vocab_size=8, noise_schedule=name).noise.masked(time)
+        left.plot(time.numpy(), masked.numpy(), label=name)
     left.set(xlabel="t", ylabel="touched tokens, m(t)")
     left.legend(frameon=False, fontsize=8, loc=(0.62, 0.02))
     steps = np.unique(np.geomspace(1, 4096, 200).round())
@@ -165,12 +179,17 @@ PICTURES = (field_lines, noise_law, on_the_way, noisy_mels, guidance, masks, sch
 def draw_all(folder: Path) -> None:
     """Draws every picture; the same bytes every time."""
     folder.mkdir(parents=True, exist_ok=True)
+    plt.switch_backend("Agg")
     for draw in PICTURES:
         with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
             figure = draw()
         with BytesIO() as file:
             figure.savefig(file, dpi=100, metadata={"Software": None})
-            few_colours = Image.open(file).convert("RGB").quantize(80, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            few_colours = (
+                Image.open(file)
+                .convert("RGB")
+                .quantize(80, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            )
         few_colours.save(folder / f"{draw.__name__}.png", optimize=True)
         plt.close(figure)
 

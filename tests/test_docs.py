@@ -1,6 +1,5 @@
 """Everything that docs/ tells its readers to type is typed here; what is generated in it is what the code says."""
 
-import argparse
 import re
 import shlex
 
@@ -8,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from typed_pages import ROOT, blocks_of, build, make_strikes, type_in
+
+from tonefield.evaluate import COMMANDS
 
 
 PAGES = build.pages()
@@ -68,8 +69,6 @@ def test_what_is_generated_is_what_the_parsers_say(page):
 
 
 def test_every_script_and_every_subcommand_has_its_flags_on_a_page():
-    from tonefield.evaluate import COMMANDS
-
     given = {found[3] for page in PAGES for found in build.GENERATED.finditer(page.read_text(encoding="utf-8"))}
     scripts = {f"python {path.name}" for path in ROOT.glob("*.py")} - {"python setup.py"}
     importers = {
@@ -91,8 +90,7 @@ def test_flags_of_commands_exist():
         if start is None:
             continue
         words = words[start:]
-        size = 2 if words[0] == "-m" or words[1:] and words[1] in ("train-classifier", "sampling", "likelihood",
-            "images", "listening-test", "listening-results") else 1  # fmt: skip
+        size = 2 if words[0] == "-m" or set(words[1:2]) & set(COMMANDS) else 1
         parser = build.parser_of(shlex.join(["python", *words[:size]]))
         try:
             parser.parse_args(words[size:])
@@ -113,7 +111,7 @@ def test_flags_in_texts_exist():
             if name(page) == "coming_from.md":
                 line = line.split("|")[2] if line.startswith("|") else ""
             for code in re.findall(r"`([^`]+)`", line):
-                assert set(re.findall(r"--\w+", code)) <= ours, f"{name(page)}: {line}"
+                assert set(re.findall(r"--[\w-]+", code)) <= ours, f"{name(page)}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -139,7 +137,8 @@ def test_pictures_are_what_the_code_draws(tmp_path):
     assert [path.name for path in PICTURES] == sorted(path.name for path in tmp_path.iterdir())
     for path in PICTURES:
         assert path.stat().st_size < 60_000
-        ours, drawn = (np.asarray(Image.open(folder / path.name).convert("RGB"), float) for folder in (path.parent, tmp_path))
+        places = (path, tmp_path / path.name)
+        ours, drawn = (np.asarray(Image.open(place).convert("RGB"), float) for place in places)
         # Another version of Matplotlib may set letters a little differently.
         assert ours.shape == drawn.shape and np.abs(ours - drawn).mean() < 4, path.name
     shown = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
