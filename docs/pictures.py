@@ -7,11 +7,13 @@ import math
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tonefield import MelSpectrogram
 from tonefield.data.synthetic import synthesize
@@ -177,20 +179,19 @@ PICTURES = (field_lines, noise_law, on_the_way, noisy_mels, guidance, masks, sch
 
 
 def draw_all(folder: Path) -> None:
-    """Draws every picture; the same bytes every time."""
+    """Draws every picture: the same bytes with the same version of Matplotlib, which the picture names."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.switch_backend("Agg")
+    about = PngInfo()
+    about.add_text("Software", f"Matplotlib {matplotlib.__version__}")
     for draw in PICTURES:
         with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
             figure = draw()
         with BytesIO() as file:
-            figure.savefig(file, dpi=100, metadata={"Software": None})
-            few_colours = (
-                Image.open(file)
-                .convert("RGB")
-                .quantize(80, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-            )
-        few_colours.save(folder / f"{draw.__name__}.png", optimize=True)
+            figure.savefig(file, dpi=100)
+            picture = Image.open(file).convert("RGB")
+        few_colours = picture.quantize(80, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few_colours.save(folder / f"{draw.__name__}.png", optimize=True, pnginfo=about)
         plt.close(figure)
 
 
