@@ -47,7 +47,9 @@ def go_through(page, typed):
     if page in typed:
         return
     typed.add(page)
-    for before in re.findall(r"<!-- goes on from: (.+?) -->", page.read_text(encoding="utf-8")):
+    for before in re.findall(
+        r"^The commands on this page go on from .*\((.+?)\)", page.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         go_through((page.parent / before).resolve(), typed)
     known = {}
     for block in blocks_of(page):
