@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
     """The folder in which a reader of all pages works, with recordings of drums."""
     folder = tmp_path_factory.mktemp("docs")
     make_strikes(folder / "drums")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "pretrained"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
