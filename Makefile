@@ -9,7 +9,7 @@ FOLDERS := $(filter-out tonefield tests,$(patsubst %/__init__.py,%,$(wildcard */
 SCRIPTS := $(filter-out setup.py,$(wildcard *.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow style quality types bench wheel clean
+.PHONY: help demo test test-slow style quality types bench docs wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ types: $(INSTALLED) ## Check types only
 
 bench: $(INSTALLED) ## Run every benchmark in turn
 	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+docs: $(INSTALLED) ## Write the flags of the scripts and the pictures into docs/ anew
+	@$(BIN)/python docs/build.py
 
 wheel: $(INSTALLED) ## Build the sdist, and the wheel from it, into dist/
 	@rm -rf dist
