@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py as _build_py
 
 FOLDERS = ("conversion", "data", "evaluation", "models", "pipelines", "schedulers", "training")
 SCRIPTS = (
+    "app",
     "audio_to_images",
     "audio_to_tokens",
     "evaluate",
