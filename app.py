@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tonefield
 from tonefield import inference
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
 
@@ -37,6 +38,7 @@ CONTROLS = (
     "prompt", "negative_prompt", "class_label", "steps", "solver", "guidance_scale", "seconds", "loop", "seed",
 )  # fmt: skip
 SOLVERS = ("dpmsolver++", "heun", "euler", "rk45", "pc", "event", "analytic", "remdm", "confidence")
+PAGE = Path(tonefield.__file__).parent / "page"
 ONE_AT_A_TIME = threading.Lock()  # a pipeline remembers things between its steps
 
 
@@ -56,6 +58,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port is {args.port}: it must lie between 1 and 65535")
     return args
+
+
+Tell = Callable[[int, int], None]  # hears of each step, and of how many there are
 
 
 # ----- models
@@ -84,9 +89,7 @@ def names_of_models(given: Sequence[str] | None) -> list[str]:
         return list(dict.fromkeys(given))
     names = sorted(os.path.relpath(file.parent) for file in inference.PRETRAINED.glob("*/model_index.json"))
     if not names:
-        raise UserError(
-            f"There are no models in {inference.PRETRAINED}: name one with --model FOLDER or --model USER/NAME."
-        )
+        raise UserError(f"There are no models in {inference.PRETRAINED}: name one, --model FOLDER or USER/NAME.")
     return names
 
 
@@ -143,6 +146,10 @@ class Take:
     command: str = ""
 
 
+def silent(step: int, steps: int) -> None:
+    """Tells nobody how far a sound is."""
+
+
 def flags(**given: Any) -> argparse.Namespace:
     """Flags of `inference.py`."""
     return argparse.Namespace(**{**vars(inference.parse_args([])), **given})
@@ -180,8 +187,8 @@ def command_of(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def make(model: Model, args: argparse.Namespace, tell: Callable[[int, int], None] = lambda step, steps: None) -> Take:
-    """One sound, and what it took. `tell` hears of each step."""
+def make(model: Model, args: argparse.Namespace, tell: Tell = silent) -> Take:
+    """One sound, and what it took."""
     pipe, calls = model.pipe, 0
     prompt, label = ((getattr(args, name) or [None])[0] for name in ("prompt", "class_label"))
     sound = inference.Sound(0, args.seed, prompt, label)
@@ -233,10 +240,15 @@ def given_take(model: Model, path: str) -> Take:
     return take_of(audio[:longest], rate, "given.wav", "Your sound")
 
 
-def edit(model: Model, take: Take | None, wanted: dict[str, Any], tell=lambda step, steps: None, **how: Any) -> Take:
-    """A sound made from another: with `strength`, `inpaint`, `continue_to` or `loop`."""
+def needed(take: Take | None) -> Take:
     if take is None:
         raise UserError("There is no sound yet: make one first, or bring one of yours.")
+    return take
+
+
+def edit(model: Model, take: Take | None, wanted: dict[str, Any], tell: Tell = silent, **how: Any) -> Take:
+    """A sound made from another: with `strength`, `inpaint`, `continue_to` or `loop`."""
+    take = needed(take)
     if take.loops and "continue_to" not in how:
         how["loop"] = True
     with tempfile.TemporaryDirectory() as folder:
@@ -248,18 +260,27 @@ def edit(model: Model, take: Take | None, wanted: dict[str, Any], tell=lambda st
     return made
 
 
-def close(model: Model, take: Take | None, wanted: dict[str, Any], tell=lambda step, steps: None) -> Take:
+def close(model: Model, take: Take | None, wanted: dict[str, Any], tell: Tell = silent) -> Take:
     """The sound as a loop: an eighth of it on either side of the seam is made anew, to fit together."""
     import soundfile
 
-    if take is not None and not take.loops and not model.fixed_length and hasattr(model.pipe, "mel"):
+    take = needed(take)
+    if not take.loops and not model.fixed_length and hasattr(model.pipe, "mel"):
         # its length must be a whole number of what the networks halve
         unit = model.pipe._unit * model.pipe.mel.config.hop_length
         audio, rate = soundfile.read(io.BytesIO(take.wav), dtype="float32")
         if whole := (len(audio) + 1) // unit * unit:
             take = take_of(audio[:whole], rate, take.name, take.title)
-    end = take.seconds if take else 1.0
+    end = take.seconds
     return edit(model, take, wanted, tell, loop=True, inpaint=[(0.0, end / 8), (end * 7 / 8, end)])
+
+
+def mend_spans(model: Model, take: Take | None, wanted: dict[str, Any], tell: Tell, text: str) -> Take:
+    return edit(model, take, wanted, tell, inpaint=read_spans(text, needed(take).seconds))
+
+
+def lengthen(model: Model, take: Take | None, wanted: dict[str, Any], tell: Tell, seconds: float) -> Take:
+    return edit(model, take, wanted, tell, continue_to=needed(take).seconds + seconds)
 
 
 def read_spans(text: str, seconds: float) -> list[tuple[float, float]]:
@@ -277,7 +298,7 @@ def read_spans(text: str, seconds: float) -> list[tuple[float, float]]:
 
 
 def compare(
-    model: Model, wanted: dict[str, Any], solvers: list[str], steps: list[int], tell=lambda step, steps: None
+    model: Model, wanted: dict[str, Any], solvers: list[str], steps: list[int], tell: Tell = silent
 ) -> Iterator[list[Take]]:
     """The same noise through several solvers in several numbers of steps: all sounds so far, after each."""
     if not solvers or not steps:
@@ -286,147 +307,56 @@ def compare(
     for solver in solvers:
         for count in sorted(steps):
             take = make(model, flags_of(model, wanted | {"solver": solver, "steps": count}), tell)
-            take.title = f"{solver}, {count} steps"
+            take.title = f"{solver}, {count} step{'s' * (count != 1)}"
             takes.append(take)
             yield takes
 
 
 # ----- the page
 
-STYLE = """
-.gradio-container { max-width: 1120px !important; margin: auto; }
-.intro h1 { font-size: 1.7rem; font-weight: 650; margin: .3rem 0 0; }
-.intro p, .hint { color: var(--body-text-color-subdued); margin: 0; }
-.classes .wrap { max-height: 12rem; overflow-y: auto; }
-.take { margin: 0; }
-.take .picture { position: relative; overflow: hidden; border-radius: 8px; background: #000004; }
-.take img { display: block; width: 100%; height: 100%; object-fit: fill; user-select: none; pointer-events: none; }
-.take .head { position: absolute; top: 0; bottom: 0; width: 2px; background: #fff; opacity: 0; pointer-events: none; }
-.take .span { position: absolute; top: 0; bottom: 0; background: #4cc9f055; border: solid #4cc9f0; border-width: 0 2px;
-  pointer-events: none; }
-.take .ticks { display: flex; justify-content: space-between; font-size: .75rem; font-variant-numeric: tabular-nums;
-  color: var(--body-text-color-subdued); margin: 2px 2px 6px; }
-.take audio { display: block; width: 100%; height: 40px; }
-.take figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; margin-top: 6px; align-items: baseline; }
-.take figcaption b { font-weight: 600; overflow-wrap: anywhere; }
-.take figcaption span { color: var(--body-text-color-subdued); font-size: .9rem; }
-#sound .picture { height: 240px; cursor: crosshair; touch-action: pan-y; }
-#sound .empty { display: grid; place-items: center; text-align: center; height: 240px; padding: 0 2rem;
-  border-radius: 8px; border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); }
-#sound code { display: block; overflow-x: auto; white-space: pre; font-size: .8rem; padding: .5rem; margin-top: 4px;
-  border-radius: 6px; background: var(--background-fill-secondary); }
-#sound details { margin-top: 6px; font-size: .85rem; color: var(--body-text-color-subdued); }
-.takes { display: grid; gap: 1.2rem 1rem; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
-.takes .picture { height: 110px; }
-.takes .ticks { display: none; }
-.takes audio { margin-top: 6px; }
-"""
-
-# The text field of the spans is where they are kept; what is painted follows it, whoever writes there.
-SCRIPT = r"""
-() => {
-  const field = () => document.querySelector('#spans textarea, #spans input');
-  const spans = () => [...field().value.matchAll(/([\d.]+):([\d.]+)/g)].map(m => [+m[1], +m[2]]);
-  const paint = () => {
-    const picture = document.querySelector('#sound .picture');
-    if (!picture || !field()) return;
-    picture.querySelectorAll('.span').forEach(mark => mark.remove());
-    for (const [start, end] of spans()) {
-      const mark = document.createElement('div');
-      mark.className = 'span';
-      mark.style.left = 100 * start / picture.dataset.seconds + '%';
-      mark.style.width = 100 * (end - start) / picture.dataset.seconds + '%';
-      picture.append(mark);
-    }
-  };
-  const write = list => {
-    const joined = [];
-    for (const [start, end] of list.sort((a, b) => a[0] - b[0])) {
-      const last = joined.at(-1);
-      if (last && start <= last[1]) last[1] = Math.max(last[1], end); else joined.push([start, end]);
-    }
-    field().value = joined.map(span => span.map(x => +x.toFixed(3)).join(':')).join(' ');
-    field().dispatchEvent(new Event('input', {bubbles: true}));
-  };
-  const playHead = audio => {
-    const head = audio.closest('.take').querySelector('.head');
-    head.style.opacity = audio.paused && !audio.currentTime ? 0 : 0.9;
-    head.style.left = 100 * audio.currentTime / (audio.duration || 1) + '%';
-    if (!audio.paused) requestAnimationFrame(() => playHead(audio));
-  };
-  document.addEventListener('input', event => { if (event.target === field()) paint(); });
-  new MutationObserver(changes => {
-    if (!changes.every(change => change.target.matches('.picture'))) paint();
-  }).observe(document.body, {childList: true, subtree: true});
-  document.addEventListener('play', event => {
-    document.querySelectorAll('.take audio').forEach(other => { if (other !== event.target) other.pause(); });
-    playHead(event.target);
-  }, true);
-  document.addEventListener('seeked', event => playHead(event.target), true);
-  document.addEventListener('ended', event => { event.target.currentTime = 0; }, true);
-
-  let drag = null;
-  document.addEventListener('pointerdown', event => {
-    const picture = event.target.closest('.take .picture');
-    if (!picture || event.button) return;
-    const box = picture.getBoundingClientRect(), seconds = +picture.dataset.seconds;
-    const at = x => Math.min(1, Math.max(0, (x - box.left) / box.width)) * seconds;
-    drag = {x: event.clientX, at, picture, marks: picture.closest('#sound') ? spans() : null};
-    if (drag.marks) event.preventDefault();
-  });
-  document.addEventListener('pointermove', event => {
-    if (!drag || !drag.marks || Math.abs(event.clientX - drag.x) < 5) return;
-    write([...drag.marks.map(span => [...span]), [drag.at(drag.x), drag.at(event.clientX)].sort((a, b) => a - b)]);
-  });
-  document.addEventListener('pointercancel', () => { drag = null; });  // the page is scrolled instead
-  document.addEventListener('pointerup', event => {
-    if (!drag) return;
-    const {x, at, picture, marks} = drag, time = at(x);
-    drag = null;
-    if (Math.abs(event.clientX - x) >= 5) return;
-    if (marks && marks.some(([start, end]) => start <= time && time <= end))
-      return write(marks.filter(([start, end]) => time < start || end < time));
-    const audio = picture.closest('.take').querySelector('audio');
-    audio.currentTime = time;
-    audio.play();
-  });
-}
-"""
-
 NOTHING_YET = (
-    '<div class="empty">Your sound appears here, with its picture:<br>time from left to right, pitch upwards.</div>'
+    '<div class="empty">Your sound appears here, with its picture: time from left to right, pitch upwards.</div>'
 )
 
 
 def text_of(text: str) -> str:
-    """Text for the page, out of reach of its templates."""
+    """Text for the page, out of reach of gradio's templates."""
     return re.sub(r"[{}$`\\]", lambda sign: f"&#{ord(sign[0])};", html.escape(text))
 
 
 def figure_of(take: Take, current: bool = False) -> str:
-    """The player and the picture of a sound, whole, so that nothing is left to be fetched."""
+    """The picture and the player of a sound, with all that they show: nothing is left to be fetched."""
     import numpy as np
     import soundfile
 
     from tonefield.data.pictures import draw_spectrogram
 
+    def url(kind: str, content: bytes) -> str:
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
     waveform, rate = soundfile.read(io.BytesIO(take.wav), dtype="float32")
     picture = io.BytesIO()
     draw_spectrogram(np.atleast_1d(waveform), rate).save(picture, format="png")
-    ticks = "".join(f"<span>{take.seconds * part / 4:.2f}{' s' * (part == 4)}</span>" for part in range(5))
-    sound, image = (base64.b64encode(data).decode() for data in (take.wav, picture.getvalue()))
-    extra = ""
+    title, sound, more, command = text_of(take.title), url("audio/wav", take.wav), "", ""
     if current:
-        extra = f'<span><a download="{text_of(take.name)}" href="data:audio/wav;base64,{sound}">Download</a></span>'
-    command = f"<details><summary>On the command line</summary><code>{text_of(take.command)}</code></details>"
-    return (
-        f'<figure class="take"><div class="picture" data-seconds="{take.seconds:.6f}">'
-        f'<img alt="Spectrogram of {text_of(take.title)}" src="data:image/png;base64,{image}"><i class="head"></i></div>'
-        f'<div class="ticks">{ticks}</div>'
-        f'<audio controls {"autoplay" * current} {"loop" * take.loops} src="data:audio/wav;base64,{sound}"></audio>'
-        f"<figcaption><b>{text_of(take.title)}</b><span>{'loop, ' * take.loops}{take.cost}</span>{extra}</figcaption>"
-        f"{command if current and take.command else ''}</figure>"
-    )
+        more = f'<a download="{text_of(take.name)}" href="{sound}">Download</a>'
+    if current and take.command:
+        command = f"<details><summary>On the command line</summary><code>{text_of(take.command)}</code></details>"
+    ticks = "".join(f"<span>{take.seconds * part / 4:.2f}{' s' * (part == 4)}</span>" for part in range(5))
+    return f"""<figure class="take">
+        <div class="picture" data-seconds="{take.seconds}">
+            <img alt="Spectrogram of {title}" src="{url("image/png", picture.getvalue())}"><i class="line"></i>
+        </div>
+        <div class="ticks">{ticks}</div>
+        <audio controls {"autoplay" * current} {"loop" * take.loops} src="{sound}"></audio>
+        <figcaption><b>{title}</b><span>{"loop, " * take.loops}{take.cost}</span>{more}</figcaption>{command}
+    </figure>"""
+
+
+def labels_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Models as they are offered: folders by their own name where that tells them apart."""
+    short = [Path(name).resolve().name if os.path.isdir(name) else name for name in names]
+    return [(one if short.count(one) == 1 else name, name) for one, name in zip(short, names, strict=True)]
 
 
 def build_page(names: list[str]):
@@ -434,152 +364,124 @@ def build_page(names: list[str]):
     import gradio as gr
 
     def readable(function):
-        """What the user can mend is shown in the page in one line."""
+        """What the user can mend is said in the page, in one line."""
 
         @functools.wraps(function)
         def guarded(*values):
             try:
                 yield from function(*values)
             except (UserError, ValueError, TypeError) as error:
-                raise gr.Error(first_line(error), print_exception=False) from None
+                raise gr.Error(first_line(error), title="", print_exception=False) from None
 
         return guarded
 
-    first = open_model(names[0])
+    open_model(names[0])  # what is wrong with it is told before there is a page
     with gr.Blocks(title="tonefield", analytics_enabled=False) as page:
         history = gr.State([])
         gr.HTML("<h1>tonefield</h1><p>Sound out of noise, on this machine.</p>", elem_classes="intro")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                name = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+                name = gr.Dropdown(labels_of(names), value=names[0], label="Model", visible=len(names) > 1)
+                ask = "What do you want to hear?"
                 controls = {
-                    "prompt": gr.Textbox(label="What do you want to hear?", lines=2, submit_btn=False),
-                    "class_label": gr.Radio([], label="What do you want to hear?", elem_classes="classes"),
+                    "prompt": gr.Textbox(label=ask, lines=2, elem_id="prompt"),
+                    "class_label": gr.Radio([], label=ask, elem_id="classes"),
                 }
                 start = gr.Button("Make a sound", variant="primary", elem_id="make")
                 with gr.Accordion("Settings", open=False):
+                    about = "1 follows your choice as it was learnt, more exaggerates it"
                     controls |= {
-                        "steps": gr.Slider(1, 256, step=1, label="Steps from noise to sound"),
+                        "steps": gr.Slider(1, 100, step=1, label="Steps from noise to sound"),
                         "solver": gr.Dropdown([], label="Solver"),
-                        "guidance_scale": gr.Slider(
-                            0, 10, value=3, step=0.1, label="Guidance",
-                            info="1 follows your choice as it was learnt, more exaggerates it",
-                        ),
+                        "guidance_scale": gr.Slider(0, 10, value=3, step=0.1, label="Guidance", info=about),
                         "negative_prompt": gr.Textbox(label="What you do not want to hear"),
                         "seconds": gr.Number(label="Seconds", minimum=0.01),
                         "loop": gr.Checkbox(label="Repeats without a click"),
-                        "seed": gr.Number(value=0, precision=0, minimum=0, label="Seed"),
-                    }  # fmt: skip
-                    fresh = gr.Checkbox(True, label="Another seed each time")
+                        "seed": gr.Number(0, precision=0, minimum=0, label="Seed"),
+                    }
+                    anew = gr.Checkbox(True, label="Another seed each time", elem_id="anew")
                 with gr.Accordion("Begin with a sound of yours", open=False):
                     given = gr.Audio(sources=["upload", "microphone"], type="filepath", show_label=False)
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=300):
                 sound = gr.HTML(NOTHING_YET, elem_id="sound")
                 with gr.Column(visible=False) as edits:
-                    gr.HTML(
-                        "Drag across the picture to mark what shall be made anew. Tap to listen from there.",
-                        elem_classes="hint",
-                    )
-                    with gr.Row(equal_height=True):
-                        spans = gr.Textbox(label="Marked, in seconds", elem_id="spans", scale=3, min_width=180)
-                        mend = gr.Button("Make this part anew", scale=1, min_width=180, elem_id="mend")
-                    with gr.Row(equal_height=True) as vary_row:
-                        strength = gr.Slider(
-                            0, 1, value=0.4, step=0.05, label="How far to go from it", scale=3, min_width=180
-                        )
-                        vary = gr.Button("Vary", scale=1, min_width=180, elem_id="vary")
-                    with gr.Row(equal_height=True) as further_row:
-                        longer = gr.Number(2.0, label="Seconds to add", minimum=0.01, scale=3, min_width=180)
-                        further = gr.Button("Continue", scale=1, min_width=180, elem_id="further")
+                    hint = "Drag across the picture to mark what shall be made anew. Tap to listen from there."
+                    gr.HTML(hint, elem_classes="hint")
+                    act, wide, narrow = dict(elem_classes="act"), dict(scale=3, min_width=160), dict(min_width=120)
+                    with gr.Row(**act):
+                        spans = gr.Textbox(label="Marked, in seconds", elem_id="spans", **wide)
+                        mend = gr.Button("Regenerate", elem_id="mend", **narrow)
+                    with gr.Row(**act) as strength_row:
+                        strength = gr.Slider(0, 1, value=0.4, step=0.05, label="How far to go from it", **wide)
+                        vary = gr.Button("Vary", elem_id="vary", **narrow)
+                    with gr.Row(**act) as further_row:
+                        longer = gr.Number(1.0, label="Seconds to add", minimum=0.01, **wide)
+                        further = gr.Button("Continue", elem_id="further", **narrow)
                     with gr.Row():
-                        ring = gr.Button("Close it to a loop", min_width=140, elem_id="ring")
-                        undo = gr.Button("Undo", min_width=140, elem_id="undo")
+                        ring = gr.Button("Close to a loop", elem_id="ring", **narrow)
+                        undo = gr.Button("Undo", elem_id="undo", **narrow)
                 with gr.Accordion("Compare solvers and steps", open=False, elem_id="compare"):
-                    solvers = gr.CheckboxGroup([], label="Solvers")
-                    counts = gr.CheckboxGroup([], label="Steps")
+                    solvers, counts = gr.CheckboxGroup([], label="Solvers"), gr.CheckboxGroup([], label="Steps")
                     against = gr.Button("Compare on the same noise", elem_id="against")
-                    comparison = gr.HTML(elem_classes="takes-box", elem_id="comparison")
-
-        choices = [*controls.values()]
+                    comparison = gr.HTML(elem_id="comparison")
 
         def show(model_name):
             """The controls that this model has a use for, with its own values."""
             model = open_model(model_name)
-            values = {
+            own = {
                 "class_label": dict(choices=model.classes, value=model.classes[0] if model.classes else None),
                 "steps": dict(value=model.steps, maximum=max(100, 2 * model.steps)),
                 "solver": dict(choices=model.solvers, value=model.solvers[0]),
                 "seconds": dict(value=model.seconds),
             }
-            updates = [gr.update(visible=key in model.controls, **values.get(key, {})) for key in controls]
-            steps = sorted({max(1, model.steps // 4), max(1, model.steps // 2), model.steps, 2 * model.steps})
+            grid = sorted({max(1, model.steps // 4), max(1, model.steps // 2), model.steps, 2 * model.steps})
             yield [
-                *updates,
-                gr.update(visible="strength" in model.controls),
-                gr.update(visible=not model.fixed_length),
+                *(gr.update(visible=control in model.controls, **own.get(control, {})) for control in controls),
+                gr.update(visible="strength" in model.controls), gr.update(visible="seconds" in model.controls),
                 gr.update(choices=model.solvers, value=model.solvers[:2]),
-                gr.update(choices=steps, value=[steps[0], model.steps]),
-            ]
-
-        shown = [*choices, vary_row, further_row, solvers, counts]
-
-        def wishes(values, anew):
-            wanted = dict(zip(controls, values, strict=True))
-            return wanted | ({"seed": random.randrange(2**31)} if anew else {})
+                gr.update(choices=grid, value=[grid[0], model.steps]),
+            ]  # fmt: skip
 
         def result(takes, seed):
             figure = figure_of(takes[-1], current=True) if takes else NOTHING_YET
             return takes[-20:], figure, seed, "", gr.update(visible=bool(takes))
 
-        results = [history, sound, controls["seed"], spans, edits]
+        def making(work):
+            """A callback that makes the next sound by what the controls say."""
 
-        def doing(work):
-            """A callback that makes a sound of the current one, the chosen model and what the controls say."""
-
-            def callback(takes, model_name, anew, *values, progress=gr.Progress()):
-                values, more = values[: len(controls)], values[len(controls) :]
-                wanted = wishes(values, anew)
-                take = takes[-1] if takes else None
-                made = work(open_model(model_name), take, wanted, lambda i, n: progress((i, n), unit="steps"), *more)
+            def callback(takes, model_name, anew, *values, progress=gr.Progress()):  # noqa: B008
+                wanted = dict(zip(controls, values, strict=False))
+                if anew:
+                    wanted["seed"] = random.randrange(2**31)
+                said, take = values[len(controls) :], takes[-1] if takes else None
+                made = work(open_model(model_name), take, wanted, lambda *at: progress(at, unit="steps"), *said)
                 yield result([*takes, made], wanted["seed"])
 
             return readable(callback)
 
-        def generate(model, take, wanted, tell):
-            return make(model, flags_of(model, wanted), tell)
-
-        def mend_part(model, take, wanted, tell, text):
-            return edit(model, take, wanted, tell, inpaint=read_spans(text, take.seconds))
-
-        def vary_it(model, take, wanted, tell, strength):
-            return edit(model, take, wanted, tell, strength=strength)
-
-        def go_on(model, take, wanted, tell, seconds):
-            return edit(model, take, wanted, tell, continue_to=take.seconds + seconds)
-
-        def take_back(takes, seed):
-            yield result(takes[:-1], seed)
+        def comparing(model_name, chosen, steps, *values, progress=gr.Progress()):  # noqa: B008
+            wanted, tell = dict(zip(controls, values, strict=True)), lambda *at: progress(at, unit="steps")
+            for takes in compare(open_model(model_name), wanted, chosen, steps, tell):
+                yield f'<div class="takes">{"".join(map(figure_of, takes))}</div>'
 
         def bring(takes, model_name, seed, path):
             yield result([*takes, given_take(open_model(model_name), path)], seed)
 
-        def compared(model_name, anew, chosen_solvers, chosen_steps, *values, progress=gr.Progress()):
-            wanted = wishes(values, False)
-            model = open_model(model_name)
-            for takes in compare(model, wanted, chosen_solvers, chosen_steps, lambda i, n: progress((i, n))):
-                yield '<div class="takes">' + "".join(map(figure_of, takes)) + "</div>"
-
-        page.load(readable(show), name, shown)
-        name.change(readable(show), name, shown)
-        now = [history, name, fresh, *choices]
-        gr.on([start.click, controls["prompt"].submit], doing(generate), now, results)
-        mend.click(doing(mend_part), [*now, spans], results)
-        vary.click(doing(vary_it), [*now, strength], results)
-        further.click(doing(go_on), [*now, longer], results)
-        ring.click(doing(close), now, results)
-        undo.click(readable(take_back), [history, controls["seed"]], results)
-        given.input(readable(bring), [history, name, controls["seed"], given], results)
-        against.click(readable(compared), [name, fresh, solvers, counts, *choices], comparison)
+        now = [history, name, anew, *controls.values()]
+        results = [history, sound, controls["seed"], spans, edits]
+        gr.on([page.load, name.change], readable(show), name,
+              [*controls.values(), strength_row, further_row, solvers, counts])  # fmt: skip
+        gr.on(
+            [start.click, controls["prompt"].submit],
+            making(lambda model, take, wanted, tell: make(model, flags_of(model, wanted), tell)), now, results,
+        )  # fmt: skip
+        mend.click(making(mend_spans), [*now, spans], results)
+        vary.click(making(lambda *what: edit(*what[:-1], strength=what[-1])), [*now, strength], results)
+        further.click(making(lengthen), [*now, longer], results)
+        ring.click(making(close), now, results)
+        undo.click(lambda takes, seed: result(takes[:-1], seed), [history, controls["seed"]], results)
+        gr.on([given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], results)
+        against.click(readable(comparing), [name, solvers, counts, *controls.values()], comparison)
     return page
 
 
@@ -592,12 +494,13 @@ def main(args: argparse.Namespace) -> None:
     page = build_page(names)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
     try:
-        page.queue(api_open=False).launch(
+        page.launch(
             server_name=args.host, server_port=args.port, inbrowser=args.open, share=False, ssr_mode=False,
-            footer_links=[], theme=gr.themes.Soft(**fonts), css=STYLE, js=SCRIPT,
+            footer_links=[], show_error=True, theme=gr.themes.Default(primary_hue="indigo", **fonts),
+            css=(PAGE / "app.css").read_text(), js=(PAGE / "app.js").read_text(),
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"--port {args.port} cannot be used: {first_line(error)}") from None
+        raise UserError(f"--port {args.port or ''} cannot be used: {first_line(error)}") from None
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class build_py(_build_py):
 setup(
     packages=["tonefield", *(f"tonefield.{name}" for name in FOLDERS)],
     package_dir={"tonefield": "tonefield", **{f"tonefield.{name}": name for name in FOLDERS}},
-    package_data={"tonefield.evaluation": ["pages/*"]},
+    package_data={"tonefield": ["page/*"], "tonefield.evaluation": ["pages/*"]},
     include_package_data=False,
     cmdclass={"build_py": build_py},
 )
