@@ -371,7 +371,8 @@ def build_page(names: list[str]):
             try:
                 yield from function(*values)
             except (UserError, ValueError, TypeError) as error:
-                raise gr.Error(first_line(error), title="", print_exception=False) from None
+                gr.Warning(first_line(error), title="")  # an error would lie over what the page shows
+                yield gr.skip()
 
         return guarded
 
@@ -412,13 +413,13 @@ def build_page(names: list[str]):
                         spans = gr.Textbox(label="Marked, in seconds", elem_id="spans", **wide)
                         mend = gr.Button("Regenerate", elem_id="mend", **narrow)
                     with gr.Row(**act) as strength_row:
-                        strength = gr.Slider(0, 1, value=0.4, step=0.05, label="How far to go from it", **wide)
+                        strength = gr.Slider(0, 1, value=0.4, step=0.05, label="Strength", **wide)
                         vary = gr.Button("Vary", elem_id="vary", **narrow)
                     with gr.Row(**act) as further_row:
                         longer = gr.Number(1.0, label="Seconds to add", minimum=0.01, **wide)
                         further = gr.Button("Continue", elem_id="further", **narrow)
                     with gr.Row():
-                        ring = gr.Button("Close to a loop", elem_id="ring", **narrow)
+                        ring = gr.Button("Make it loop", elem_id="ring", **narrow)
                         undo = gr.Button("Undo", elem_id="undo", **narrow)
                 with gr.Accordion("Compare solvers and steps", open=False, elem_id="compare"):
                     solvers, counts = gr.CheckboxGroup([], label="Solvers"), gr.CheckboxGroup([], label="Steps")
@@ -468,19 +469,19 @@ def build_page(names: list[str]):
             yield result([*takes, given_take(open_model(model_name), path)], seed)
 
         now = [history, name, anew, *controls.values()]
-        results = [history, sound, controls["seed"], spans, edits]
+        results = dict(outputs=[history, sound, controls["seed"], spans, edits], show_progress_on=sound)
         gr.on([page.load, name.change], readable(show), name,
               [*controls.values(), strength_row, further_row, solvers, counts])  # fmt: skip
         gr.on(
             [start.click, controls["prompt"].submit],
-            making(lambda model, take, wanted, tell: make(model, flags_of(model, wanted), tell)), now, results,
+            making(lambda model, take, wanted, tell: make(model, flags_of(model, wanted), tell)), now, **results,
         )  # fmt: skip
-        mend.click(making(mend_spans), [*now, spans], results)
-        vary.click(making(lambda *what: edit(*what[:-1], strength=what[-1])), [*now, strength], results)
-        further.click(making(lengthen), [*now, longer], results)
-        ring.click(making(close), now, results)
-        undo.click(lambda takes, seed: result(takes[:-1], seed), [history, controls["seed"]], results)
-        gr.on([given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], results)
+        mend.click(making(mend_spans), [*now, spans], **results)
+        vary.click(making(lambda *what: edit(*what[:-1], strength=what[-1])), [*now, strength], **results)
+        further.click(making(lengthen), [*now, longer], **results)
+        ring.click(making(close), now, **results)
+        undo.click(lambda takes, seed: result(takes[:-1], seed), [history, controls["seed"]], **results)
+        gr.on([given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], **results)
         against.click(readable(comparing), [name, solvers, counts, *controls.values()], comparison)
     return page
 
