@@ -79,10 +79,6 @@ class Model:
     steps: int
     seconds: float
 
-    @property
-    def fixed_length(self) -> bool:
-        return "seconds" not in self.controls
-
 
 def names_of_models(given: Sequence[str] | None) -> list[str]:
     if given:
@@ -227,16 +223,20 @@ def take_of(waveform, rate: int, name: str, title: str, *rest) -> Take:
 
 def given_take(model: Model, path: str) -> Take:
     """A sound of the user's own: without the silence around it, and no longer than the model can take."""
-    import librosa
+    import numpy as np
 
     from tonefield.data.audio_files import AudioError, read_audio
 
     rate = inference.sampling_rate_of(model.pipe)
     try:
-        audio, _ = librosa.effects.trim(read_audio(Path(path), rate), top_db=40)
+        audio = read_audio(Path(path), rate)
     except (AudioError, OSError) as error:
         raise UserError(f"This sound cannot be used: {first_line(error)}") from None
-    longest = int(inference.window_seconds(model.pipe) * rate) if model.fixed_length else len(audio)
+    loud = np.flatnonzero(np.abs(audio) > 0.02 * np.abs(audio).max())
+    if not len(loud):
+        raise UserError("This sound is silent.")
+    audio = audio[max(0, loud[0] - rate // 20) : loud[-1] + rate // 20]
+    longest = len(audio) if "seconds" in model.controls else int(inference.window_seconds(model.pipe) * rate)
     return take_of(audio[:longest], rate, "given.wav", "Your sound")
 
 
@@ -265,7 +265,7 @@ def close(model: Model, take: Take | None, wanted: dict[str, Any], tell: Tell = 
     import soundfile
 
     take = needed(take)
-    if not take.loops and not model.fixed_length and hasattr(model.pipe, "mel"):
+    if not take.loops and "seconds" in model.controls and hasattr(model.pipe, "mel"):
         # its length must be a whole number of what the networks halve
         unit = model.pipe._unit * model.pipe.mel.config.hop_length
         audio, rate = soundfile.read(io.BytesIO(take.wav), dtype="float32")
@@ -290,7 +290,7 @@ def read_spans(text: str, seconds: float) -> list[tuple[float, float]]:
     except argparse.ArgumentTypeError as error:
         raise UserError(str(error)) from None
     if not spans:
-        raise UserError("Draw a finger or the mouse across the picture first: what you mark is made anew.")
+        raise UserError("Nothing is marked: drag across the picture first. What you mark is made anew.")
     for start, _ in spans:
         if start >= seconds:
             raise UserError(f"{start:g} s lies beyond the end of the sound, which is {seconds:.2f} s long.")
@@ -371,7 +371,7 @@ def build_page(names: list[str]):
             try:
                 yield from function(*values)
             except (UserError, ValueError, TypeError) as error:
-                gr.Warning(first_line(error), title="")  # an error would lie over what the page shows
+                gr.Warning(first_line(error), title="That did not work")  # gr.Error would lie over the sound
                 yield gr.skip()
 
         return guarded
@@ -481,7 +481,9 @@ def build_page(names: list[str]):
         further.click(making(lengthen), [*now, longer], **results)
         ring.click(making(close), now, **results)
         undo.click(lambda takes, seed: result(takes[:-1], seed), [history, controls["seed"]], **results)
-        gr.on([given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], **results)
+        gr.on(
+            [given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], **results
+        )
         against.click(readable(comparing), [name, solvers, counts, *controls.values()], comparison)
     return page
 
