@@ -401,8 +401,7 @@ def build_page(names: list[str]):
                         "seed": gr.Number(0, precision=0, minimum=0, label="Seed"),
                     }
                     anew = gr.Checkbox(True, label="Another seed each time", elem_id="anew")
-                with gr.Accordion("Begin with a sound of yours", open=False):
-                    given = gr.Audio(sources=["upload", "microphone"], type="filepath", show_label=False)
+                given = gr.UploadButton("Begin with a sound of yours", file_types=["audio"])
             with gr.Column(scale=3, min_width=300):
                 sound = gr.HTML(NOTHING_YET, elem_id="sound")
                 with gr.Column(visible=False) as edits:
@@ -470,6 +469,7 @@ def build_page(names: list[str]):
 
         now = [history, name, anew, *controls.values()]
         results = dict(outputs=[history, sound, controls["seed"], spans, edits], show_progress_on=sound)
+        page.load(js=(PAGE / "app.js").read_text())
         gr.on([page.load, name.change], readable(show), name,
               [*controls.values(), strength_row, further_row, solvers, counts])  # fmt: skip
         gr.on(
@@ -481,9 +481,7 @@ def build_page(names: list[str]):
         further.click(making(lengthen), [*now, longer], **results)
         ring.click(making(close), now, **results)
         undo.click(lambda takes, seed: result(takes[:-1], seed), [history, controls["seed"]], **results)
-        gr.on(
-            [given.upload, given.stop_recording], readable(bring), [history, name, controls["seed"], given], **results
-        )
+        given.upload(readable(bring), [history, name, controls["seed"], given], **results)
         against.click(readable(comparing), [name, solvers, counts, *controls.values()], comparison)
     return page
 
@@ -500,7 +498,7 @@ def main(args: argparse.Namespace) -> None:
         page.launch(
             server_name=args.host, server_port=args.port, inbrowser=args.open, share=False, ssr_mode=False,
             footer_links=[], show_error=True, theme=gr.themes.Default(primary_hue="indigo", **fonts),
-            css=(PAGE / "app.css").read_text(), js=(PAGE / "app.js").read_text(),
+            css=(PAGE / "app.css").read_text(),
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {args.port or ''} cannot be used: {first_line(error)}") from None

@@ -393,11 +393,10 @@ def test_a_way_through_the_page(browser, address, tmp_path):
     choose("tokens")
     page.get_by_label("1", exact=True).check()
     page.locator("#vary").wait_for(state="hidden")
-    assert "128 network calls" in after("#make")
+    assert re.match(r"1\n\d+ network calls", after("#make"))  # those in which nothing happens are left out
     soundfile.write(tmp_path / "mine.wav", 0.3 * np.random.default_rng(0).standard_normal(2000), 16000)
-    page.get_by_text("Begin with a sound of yours").click()
     old = audio()
-    page.locator("input[type=file]").set_input_files(tmp_path / "mine.wav")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "mine.wav")
     page.wait_for_function("old => document.querySelector('#sound audio').src != old", arg=old)
     assert "Your sound" in page.locator("#sound figcaption").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

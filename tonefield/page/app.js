@@ -1,5 +1,6 @@
-// Pictures of sounds that one can listen from and paint on. Gradio calls this once, when the page is there.
 () => {
+  // Pictures of sounds that one can listen from and paint on. Gradio calls this once, when the page is there.
+
   // The field with the spans is where they are kept; what is painted follows it, whoever writes there.
   const field = () => document.querySelector('#spans textarea, #spans input');
   const spans = () => [...field().value.matchAll(/([\d.]+):([\d.]+)/g)].map(span => [+span[1], +span[2]]);
