@@ -35,7 +35,7 @@ from tonefield.command_line import UserError, first_line, make_parser, parse, ru
 
 # What the page lets one choose; a model shows those that it has a use for.
 CONTROLS = (
-    "prompt", "negative_prompt", "class_label", "steps", "solver", "guidance_scale", "seconds", "loop", "seed",
+    "prompt", "class_label", "steps", "solver", "guidance_scale", "negative_prompt", "seconds", "loop", "seed",
 )  # fmt: skip
 SOLVERS = ("dpmsolver++", "heun", "euler", "rk45", "pc", "event", "analytic", "remdm", "confidence")
 PAGE = Path(tonefield.__file__).parent / "page"
@@ -359,6 +359,23 @@ def labels_of(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(one if short.count(one) == 1 else name, name) for one, name in zip(short, names, strict=True)]
 
 
+def shown_of(model: Model) -> dict[str, dict[str, Any]]:
+    """What the page shows of its controls for a model, and with which values."""
+    own = {
+        "class_label": dict(choices=model.classes, value=model.classes[0] if model.classes else None),
+        "steps": dict(value=model.steps, maximum=max(100, 2 * model.steps)),
+        "solver": dict(choices=model.solvers, value=model.solvers[0]),
+        "seconds": dict(value=model.seconds),
+    }
+    grid = sorted({max(1, model.steps // 4), max(1, model.steps // 2), model.steps, 2 * model.steps})
+    return {control: dict(visible=control in model.controls, **own.get(control, {})) for control in CONTROLS} | {
+        "vary": dict(visible="strength" in model.controls),
+        "continue": dict(visible="seconds" in model.controls),
+        "solvers": dict(choices=model.solvers, value=model.solvers[:2]),
+        "counts": dict(choices=grid, value=[grid[0], model.steps]),
+    }
+
+
 def build_page(names: list[str]):
     """The page as gradio knows it. What it does is done by the functions above."""
     import gradio as gr
@@ -376,7 +393,7 @@ def build_page(names: list[str]):
 
         return guarded
 
-    open_model(names[0])  # what is wrong with it is told before there is a page
+    first = shown_of(open_model(names[0]))
     with gr.Blocks(title="tonefield", analytics_enabled=False) as page:
         history = gr.State([])
         gr.HTML("<h1>tonefield</h1><p>Sound out of noise, on this machine.</p>", elem_classes="intro")
@@ -385,20 +402,24 @@ def build_page(names: list[str]):
                 name = gr.Dropdown(labels_of(names), value=names[0], label="Model", visible=len(names) > 1)
                 ask = "What do you want to hear?"
                 controls = {
-                    "prompt": gr.Textbox(label=ask, lines=2, elem_id="prompt"),
-                    "class_label": gr.Radio([], label=ask, elem_id="classes"),
+                    "prompt": gr.Textbox(label=ask, lines=2, elem_id="prompt", **first["prompt"]),
+                    "class_label": gr.Radio(label=ask, elem_id="classes", **first["class_label"]),
                 }
                 start = gr.Button("Make a sound", variant="primary", elem_id="make")
                 with gr.Accordion("Settings", open=False):
                     about = "1 follows your choice as it was learnt, more exaggerates it"
                     controls |= {
-                        "steps": gr.Slider(1, 100, step=1, label="Steps from noise to sound"),
-                        "solver": gr.Dropdown([], label="Solver"),
-                        "guidance_scale": gr.Slider(0, 10, value=3, step=0.1, label="Guidance", info=about),
-                        "negative_prompt": gr.Textbox(label="What you do not want to hear"),
-                        "seconds": gr.Number(label="Seconds", minimum=0.01),
-                        "loop": gr.Checkbox(label="Repeats without a click"),
-                        "seed": gr.Number(0, precision=0, minimum=0, label="Seed"),
+                        "steps": gr.Slider(1, step=1, label="Steps from noise to sound", **first["steps"]),
+                        "solver": gr.Dropdown(label="Solver", **first["solver"]),
+                        "guidance_scale": gr.Slider(
+                            0, 10, 3, step=0.1, label="Guidance", info=about, **first["guidance_scale"]
+                        ),
+                        "negative_prompt": gr.Textbox(
+                            label="What you do not want to hear", **first["negative_prompt"]
+                        ),
+                        "seconds": gr.Number(label="Seconds", minimum=0.01, **first["seconds"]),
+                        "loop": gr.Checkbox(label="Repeats without a click", **first["loop"]),
+                        "seed": gr.Number(0, precision=0, minimum=0, label="Seed", **first["seed"]),
                     }
                     anew = gr.Checkbox(True, label="Another seed each time", elem_id="anew")
                 given = gr.UploadButton("Begin with a sound of yours", file_types=["audio"])
@@ -411,36 +432,25 @@ def build_page(names: list[str]):
                     with gr.Row(**act):
                         spans = gr.Textbox(label="Marked, in seconds", elem_id="spans", **wide)
                         mend = gr.Button("Regenerate", elem_id="mend", **narrow)
-                    with gr.Row(**act) as strength_row:
+                    with gr.Row(**act, **first["vary"]) as strength_row:
                         strength = gr.Slider(0, 1, value=0.4, step=0.05, label="Strength", **wide)
                         vary = gr.Button("Vary", elem_id="vary", **narrow)
-                    with gr.Row(**act) as further_row:
+                    with gr.Row(**act, **first["continue"]) as further_row:
                         longer = gr.Number(1.0, label="Seconds to add", minimum=0.01, **wide)
                         further = gr.Button("Continue", elem_id="further", **narrow)
                     with gr.Row():
                         ring = gr.Button("Make it loop", elem_id="ring", **narrow)
                         undo = gr.Button("Undo", elem_id="undo", **narrow)
                 with gr.Accordion("Compare solvers and steps", open=False, elem_id="compare"):
-                    solvers, counts = gr.CheckboxGroup([], label="Solvers"), gr.CheckboxGroup([], label="Steps")
+                    solvers = gr.CheckboxGroup(label="Solvers", **first["solvers"])
+                    counts = gr.CheckboxGroup(label="Steps", **first["counts"])
                     against = gr.Button("Compare on the same noise", elem_id="against")
                     comparison = gr.HTML(elem_id="comparison")
 
+        chosen = [*controls.values(), strength_row, further_row, solvers, counts]
+
         def show(model_name):
-            """The controls that this model has a use for, with its own values."""
-            model = open_model(model_name)
-            own = {
-                "class_label": dict(choices=model.classes, value=model.classes[0] if model.classes else None),
-                "steps": dict(value=model.steps, maximum=max(100, 2 * model.steps)),
-                "solver": dict(choices=model.solvers, value=model.solvers[0]),
-                "seconds": dict(value=model.seconds),
-            }
-            grid = sorted({max(1, model.steps // 4), max(1, model.steps // 2), model.steps, 2 * model.steps})
-            yield [
-                *(gr.update(visible=control in model.controls, **own.get(control, {})) for control in controls),
-                gr.update(visible="strength" in model.controls), gr.update(visible="seconds" in model.controls),
-                gr.update(choices=model.solvers, value=model.solvers[:2]),
-                gr.update(choices=grid, value=[grid[0], model.steps]),
-            ]  # fmt: skip
+            yield [gr.update(**shown) for shown in shown_of(open_model(model_name)).values()]
 
         def result(takes, seed):
             figure = figure_of(takes[-1], current=True) if takes else NOTHING_YET
@@ -470,8 +480,7 @@ def build_page(names: list[str]):
         now = [history, name, anew, *controls.values()]
         results = dict(outputs=[history, sound, controls["seed"], spans, edits], show_progress_on=sound)
         page.load(js=(PAGE / "app.js").read_text())
-        gr.on([page.load, name.change], readable(show), name,
-              [*controls.values(), strength_row, further_row, solvers, counts])  # fmt: skip
+        name.change(readable(show), name, chosen)
         gr.on(
             [start.click, controls["prompt"].submit],
             making(lambda model, take, wanted, tell: make(model, flags_of(model, wanted), tell)), now, **results,
