@@ -210,7 +210,7 @@ def make(model: Model, args: argparse.Namespace, tell: Tell = silent) -> Take:
         took = time.perf_counter() - started
     rate = inference.sampling_rate_of(pipe)
     word = re.sub(r"\W+", "-", sound.title.lower()).strip("-")[:40]
-    cost = f"{calls} network call{'s' * (calls != 1)}, {took:.1f} s"
+    cost = f"{calls} network call{'s' * (calls != 1)}, {took:.1f}\N{NO-BREAK SPACE}s"
     return take_of(waveform, rate, f"{word}-{args.seed}.wav", sound.title, bool(args.loop), cost, command_of(args))
 
 
@@ -472,7 +472,7 @@ def build_page(names: list[str]):
         def comparing(model_name, chosen, steps, *values, progress=gr.Progress()):  # noqa: B008
             wanted, tell = dict(zip(controls, values, strict=True)), lambda *at: progress(at, unit="steps")
             for takes in compare(open_model(model_name), wanted, chosen, steps, tell):
-                yield f'<div class="takes">{"".join(map(figure_of, takes))}</div>'
+                yield f'<div class="takes" style="--columns: {len(steps)}">{"".join(map(figure_of, takes))}</div>'
 
         def bring(takes, model_name, seed, path):
             yield result([*takes, given_take(open_model(model_name), path)], seed)
