@@ -98,7 +98,7 @@ def test_models_that_come_along(folders, monkeypatch, tmp_path):
 def test_a_sound_is_what_its_command_makes(models, name, changes, tmp_path):
     take = generate(models[name], **changes)
     python, script, *words = shlex.split(take.command)
-    assert (python, script) == ("python", "inference.py")
+    assert (python, script) == ("python", "inference.py") and "--seed 7" in take.command
     inference.main(inference.parse_args([*words, f"--output_dir={tmp_path / 'out'}"]))
     assert (tmp_path / "out" / "000.wav").read_bytes() == take.wav
     assert take.seconds == soundfile.info(io.BytesIO(take.wav)).duration
@@ -148,11 +148,20 @@ def test_a_loop_stays_one(models, name):
     middle = slice(len(before) * 3 // 8, len(before) * 5 // 8)
     if name != "tokens":  # whose frames are a large part of so short a sound
         np.testing.assert_array_equal(after[middle], before[middle])
+    for seam in (slice(len(before) // 16), slice(len(before) * 15 // 16, len(before))):
+        assert np.abs(after[seam] - before[seam]).max() > 1e-3
     again = app.mend_spans(model, loop, wanted(model, prompt="rain", seed=9), app.silent, f"0:{loop.seconds / 5}")
     assert again.loops and len(again.wav) == len(loop.wav)
     if "seconds" in model.controls:
         longer = app.lengthen(model, loop, wanted(model, prompt="rain"), app.silent, 0.02)
         assert not longer.loops and longer.seconds > loop.seconds
+
+
+def test_edits_do_not_heed_what_new_sounds_are_to_be_like(models):
+    model = models["text"]
+    first = generate(model)
+    varied = app.edit(model, first, wanted(model, loop=True, seconds=0.9), strength=0.5)
+    assert varied.seconds == first.seconds and not varied.loops
 
 
 def test_a_sound_of_any_length_can_be_closed(models):
@@ -178,6 +187,7 @@ def test_steps_are_told(models):
     told = []
     app.make(models["mel"], app.flags_of(models["mel"], wanted(models["mel"])), lambda *at: told.append(at))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert not models["mel"].pipe.unet._forward_hooks  # which counted the network's calls
 
 
 def test_a_prompt_is_never_taken_for_a_file(models, tmp_path):
@@ -264,7 +274,10 @@ def test_figure_holds_the_sound_and_its_picture(models):
     title = re.search("<b>(.*)</b>", figure)[1]
     assert html.unescape(title) == take.title and not set(title) & set('{}$`\\<>"')
     assert html.unescape(re.search("<code>(.*)</code>", figure)[1]) == take.command
-    assert "<code>" not in app.figure_of(take) and " loop " not in figure
+    assert "<code>" not in app.figure_of(take)
+    for loops in (False, True):
+        take.loops = loops
+        assert ("loop" in re.search("<audio ([^>]*) src", app.figure_of(take))[1].split()) == loops
 
 
 # ----- in a browser
