@@ -151,11 +151,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def load_model(args: argparse.Namespace):
     """The pipeline as the flags want it, on this process's device."""
-    import diffusers
     from accelerate import PartialState
 
     import tonefield
-    from tonefield.schedulers import PoissonFlowScheduler, ScoreEntropyScheduler, ScoreSDEScheduler
+    from tonefield.schedulers import ScoreEntropyScheduler
 
     name = args.model or str(DEFAULT_MODEL)
     if args.model is None and not DEFAULT_MODEL.is_dir():
@@ -176,23 +175,32 @@ def load_model(args: argparse.Namespace):
             refuse(pipe, "n_iter", "it does not use Griffin-Lim")
         pipe.mel.register_to_config(n_iter=args.n_iter)
     if args.solver:
-        config, cls, changes = pipe.scheduler.config, type(pipe.scheduler), {}
-        if isinstance(pipe.scheduler, ScoreEntropyScheduler):
-            changes = {"predictor": args.solver}
-        elif isinstance(pipe.scheduler, (PoissonFlowScheduler, ScoreSDEScheduler)):
-            changes = {"solver_type": args.solver}
-        elif args.solver in SOLVERS:
-            cls = getattr(diffusers, SOLVERS[args.solver])
-        else:
-            raise UserError(f"--solver {args.solver} is none of {', '.join(SOLVERS)}, which diffusion knows.")
-        try:
-            pipe.register_modules(scheduler=cls.from_config(config, **changes))
-        except ValueError as error:
-            raise UserError(f"--solver {args.solver}: {first_line(error)}") from None
+        pipe.register_modules(scheduler=change_solver(pipe.scheduler, args.solver))
     if args.temperature is not None and isinstance(pipe.scheduler, ScoreEntropyScheduler):
         scheduler = pipe.scheduler
         pipe.register_modules(scheduler=type(scheduler).from_config(scheduler.config, temperature=args.temperature))
     return pipe.to(PartialState().device)
+
+
+def change_solver(scheduler, solver: str):
+    """A scheduler of the same noise that makes its steps in another way."""
+    import diffusers
+
+    from tonefield.schedulers import PoissonFlowScheduler, ScoreEntropyScheduler, ScoreSDEScheduler
+
+    cls, changes = type(scheduler), {}
+    if isinstance(scheduler, ScoreEntropyScheduler):
+        changes = {"predictor": solver}
+    elif isinstance(scheduler, (PoissonFlowScheduler, ScoreSDEScheduler)):
+        changes = {"solver_type": solver}
+    elif solver in SOLVERS:
+        cls = getattr(diffusers, SOLVERS[solver])
+    else:
+        raise UserError(f"--solver {solver} is none of {', '.join(SOLVERS)}, which diffusion knows.")
+    try:
+        return cls.from_config(scheduler.config, **changes)
+    except ValueError as error:
+        raise UserError(f"--solver {solver}: {first_line(error)}") from None
 
 
 def refuse(pipe, flag: str, why: str) -> None:

@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py as _build_py
 
 FOLDERS = ("conversion", "data", "evaluation", "models", "pipelines", "schedulers", "training")
 SCRIPTS = (
+    "app",
     "audio_to_images",
     "audio_to_tokens",
     "evaluate",
@@ -31,7 +32,7 @@ class build_py(_build_py):
 setup(
     packages=["tonefield", *(f"tonefield.{name}" for name in FOLDERS)],
     package_dir={"tonefield": "tonefield", **{f"tonefield.{name}": name for name in FOLDERS}},
-    package_data={"tonefield.evaluation": ["pages/*"]},
+    package_data={"tonefield": ["page/*"], "tonefield.evaluation": ["pages/*"]},
     include_package_data=False,
     cmdclass={"build_py": build_py},
 )

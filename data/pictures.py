@@ -71,14 +71,18 @@ def draw_sounds(waveforms: torch.Tensor, sampling_rate: int, path: str | Path, t
     draw_mels(mel.encode(padded), mel, path, titles)
 
 
-def save_spectrogram(waveform: np.ndarray, sampling_rate: int, path: str | Path) -> None:
+def draw_spectrogram(waveform: np.ndarray, sampling_rate: int) -> Image.Image:
     """The spectrogram of one sound as a plain picture, the bass at the bottom."""
     mel = look_of(len(waveform), sampling_rate)
     padded = np.pad(waveform, (0, mel.slice_samples - len(waveform)))
     grey = mel.to_image(mel.encode(torch.from_numpy(padded)[None]))[0]
     colours = (colormaps["magma"](np.asarray(grey)[::-1])[..., :3] * 255).round().astype(np.uint8)
     picture = Image.fromarray(colours)
-    picture.resize((max(256, 4 * picture.width), 256), Image.Resampling.NEAREST).save(path)
+    return picture.resize((max(256, 4 * picture.width), 256), Image.Resampling.NEAREST)
+
+
+def save_spectrogram(waveform: np.ndarray, sampling_rate: int, path: str | Path) -> None:
+    draw_spectrogram(waveform, sampling_rate).save(path)
 
 
 def contact_sheet(pictures: Sequence[Path], titles: Sequence[str], path: str | Path, columns: int = 5) -> None:

@@ -128,6 +128,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected |= {f"tonefield/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     expected |= {f"tonefield/{name}.py" for name in SCRIPTS}
     expected |= {f"tonefield/{path.relative_to(ROOT)}" for path in (ROOT / "evaluation" / "pages").iterdir()}
+    expected |= {f"tonefield/page/{path.name}" for path in (ROOT / "tonefield" / "page").iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
