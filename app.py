@@ -1,3 +1,5 @@
+# What Gradio's components take is not typed so that a checker could follow, and it may not be installed.
+# pyright: reportArgumentType=false, reportMissingImports=false, reportCallIssue=false, reportReturnType=false
 """A page in the browser to make sounds with any pipeline of tonefield, and to work on them.
 
     pip install tonefield[demo]

@@ -81,10 +81,10 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
             kwargs.setdefault("weight_name", LORA_WEIGHT_NAME_SAFE)
         try:
             weights, alphas, metadata = self.lora_state_dict(  # pyright: ignore
-                given,
+                given,  # pyright: ignore
                 use_safetensors=True,
                 return_lora_metadata=True,
-                **kwargs,  # pyright: ignore
+                **kwargs,
             )
         except OSError as error:
             reason = " ".join(str(error).split())
