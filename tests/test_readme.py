@@ -13,7 +13,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     metadata = next(block.code for block in BLOCKS if block.language == "csv")
     make_recordings(folder / "my_sounds", metadata, 7.0, 22050)
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("pretrained", "recipes"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
