@@ -128,6 +128,11 @@ def _kernel_distance(comparison: Comparison, name: str, kernel: statistics.Kerne
     return statistics.unbiased_distance(sums[0], sums[1], crossed, reference.counts, generated.counts)
 
 
+def _interval(value: float, error: float) -> tuple[float, float] | None:
+    """The 95 % interval of a value with a standard error; of so few clips that none is known, there is none."""
+    return (value - 1.96 * error, value + 1.96 * error) if np.isfinite(error) else None
+
+
 def kad(comparison: Comparison) -> dict[str, Any]:
     """Kernel audio distance (Chung et al. 2025): 100 times the distance with a Gaussian kernel as wide as the
     reference."""
@@ -139,7 +144,7 @@ def kad(comparison: Comparison) -> dict[str, Any]:
     value, error = _kernel_distance(comparison, f"gaussian {bandwidth}", kernel)
     return {
         "value": 100 * value,
-        "interval": (100 * (value - 1.96 * error), 100 * (value + 1.96 * error)),
+        "interval": _interval(100 * value, 100 * error),
         "bandwidth": bandwidth,
     } | _sizes(reference, generated)
 
@@ -148,7 +153,7 @@ def kid(comparison: Comparison) -> dict[str, Any]:
     """Kernel distance with the polynomial kernel: of all clips, and over subsets of 1000 as it is published."""
     reference, generated = _thinned(comparison)
     value, error = _kernel_distance(comparison, "polynomial", statistics.polynomial_kernel)
-    result = {"value": value, "interval": (value - 1.96 * error, value + 1.96 * error)} | _sizes(reference, generated)
+    result = {"value": value, "interval": _interval(value, error)} | _sizes(reference, generated)
     if comparison.options.bootstrap:
         mean, spread = statistics.kid(
             reference.rows, generated.rows, seed=comparison.options.seed, device=comparison.options.device or "cpu"

@@ -265,3 +265,16 @@ def test_batch_size_and_workers_do_not_change_the_answer(folders):
         for size, workers in [(1, 1), (7, 4)]
     ]
     assert values(reports[0]) == pytest.approx(values(reports[1]), rel=1e-5)
+
+
+def test_two_recordings_give_a_report_without_intervals_of_kernel_distances(tmp_path, capsys):
+    """Of two clips no standard error is known, and not a number has no place in JSON."""
+    for name, count in (("few", 2), ("made", 3)):
+        (tmp_path / name).mkdir()
+        for index, sound in enumerate(voices(count, seed=count)):
+            soundfile.write(tmp_path / name / f"{index}.wav", sound, RATE)
+    argv = ["--reference", str(tmp_path / "few"), "--generated", str(tmp_path / "made"), "--metrics", "kad", "kid"]
+    script.main(script.parse_args([*argv, "--no_cache", "--out", str(tmp_path / "report.json")]))
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert [result["interval"] for result in results] == [None, None]
+    assert all(np.isfinite(result["value"]) for result in results)
