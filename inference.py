@@ -163,6 +163,9 @@ def load_model(args: argparse.Namespace):
         pipe = tonefield.load(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from None
+    if pipe.components.get("mel") is None and pipe.components.get("audio_tokenizer") is None:
+        what = ".tokens" if hasattr(pipe, "transformer") else ".images"
+        raise UserError(f"--model {name} makes no sound: from Python, tonefield.load({name!r})() returns {what}.")
     if args.vocoder:
         if "vocoder" not in pipe.components:
             refuse(pipe, "vocoder", "its codec makes the sound")

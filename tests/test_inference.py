@@ -263,6 +263,14 @@ def test_any_line_can_be_made_again(make, model, tmp_path, capsys):
     assert sorted(file.name for file in (tmp_path / "out-again").glob("*.wav")) == ["001.wav", "004.wav"]
 
 
+def test_a_model_without_sound(models, tmp_path):
+    for name, part, what in (("mel", "mel", "images"), ("tokens", "audio_tokenizer", "tokens")):
+        pipe = tonefield.load(models[name], **{part: None})
+        pipe.save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=rf"makes no sound: from Python, .* returns \.{what}"):
+            inference.main(inference.parse_args([f"--model={tmp_path / name}"]))
+
+
 def test_another_model_or_other_settings_are_told_apart(make, models, tmp_path):
     make("mel", "--num_samples=1")
     with pytest.raises(UserError, match="holds sounds of another run"):
