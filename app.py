@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-Tell = Callable[[int, int], None]  # hears of each step, and of how many there are
+Tell = Callable[[int, int], Any]  # hears of each step, and of how many there are
 
 
 # ----- models
@@ -430,7 +430,9 @@ def build_page(names: list[str]):
                 with gr.Column(visible=False) as edits:
                     hint = "Drag across the picture to mark what shall be made anew. Tap to listen from there."
                     gr.HTML(hint, elem_classes="hint")
-                    act, wide, narrow = dict(elem_classes="act"), dict(scale=3, min_width=160), dict(min_width=120)
+                    act: dict[str, Any] = dict(elem_classes="act")
+                    wide: dict[str, Any] = dict(scale=3, min_width=160)
+                    narrow: dict[str, Any] = dict(min_width=120)
                     with gr.Row(**act):
                         spans = gr.Textbox(label="Marked, in seconds", elem_id="spans", **wide)
                         mend = gr.Button("Regenerate", elem_id="mend", **narrow)
@@ -480,7 +482,9 @@ def build_page(names: list[str]):
             yield result([*takes, given_take(open_model(model_name), path)], seed)
 
         now = [history, name, anew, *controls.values()]
-        results = dict(outputs=[history, sound, controls["seed"], spans, edits], show_progress_on=sound)
+        results: dict[str, Any] = dict(
+            outputs=[history, sound, controls["seed"], spans, edits], show_progress_on=sound
+        )
         page.load(js=(PAGE / "app.js").read_text())
         name.change(readable(show), name, chosen)
         gr.on(
@@ -504,15 +508,19 @@ def main(args: argparse.Namespace) -> None:
     except ImportError:
         raise UserError("The page is made with gradio, which is not here: pip install tonefield[demo]") from None
     page = build_page(names)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
+    fonts: dict[str, Any] = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }  # none to be fetched
     try:
         page.launch(
             server_name=args.host, server_port=args.port, inbrowser=args.open, share=False, ssr_mode=False,
             footer_links=[], show_error=True, theme=gr.themes.Default(primary_hue="indigo", **fonts),
             css=(PAGE / "app.css").read_text(),
         )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--port {args.port or ''} cannot be used: {first_line(error)}") from None
+    except OSError:  # gradio speaks of its own arguments
+        port = args.port or "7860 to 7959"
+        raise UserError(f"--port: {port} cannot be had on {args.host}, leave it out or name another.") from None
 
 
 if __name__ == "__main__":
