@@ -282,7 +282,9 @@ def train(
             average.ema.optimization_step = state["ema_step"]
         accelerator.print(f"continuing from {path}, step {step}")
     if args.report_to != "none":
-        accelerator.init_trackers(args.tracker_project_name, {k: v for k, v in vars(args).items() if v is not None})
+        flags = {name: value for name, value in vars(args).items() if value is not None}
+        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in flags.items()}
+        accelerator.init_trackers(args.tracker_project_name, plain)
 
     def save() -> None:
         ema_step = average.ema.optimization_step if average else 0

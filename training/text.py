@@ -76,6 +76,8 @@ def make_text_encoder(
     )
     words.train_from_iterator(captions, trainer)
     pieces = [(piece, score) for piece, score in json.loads(words.to_str())["model"]["vocab"]]
+    # In the order of the alphabet, for that of the trainer is another one each time.
+    pieces = pieces[: len(special)] + sorted(pieces[len(special) :])
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=width // 8,
