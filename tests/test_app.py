@@ -74,11 +74,12 @@ def test_solvers_are_those_that_the_scheduler_knows_its_own_first(models):
 def test_models_that_come_along(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(inference, "PRETRAINED", folders["mel"].parent)
     monkeypatch.chdir(folders["mel"].parent.parent)
-    assert app.names_of_models(None) == ["models0/mel", "models0/text", "models0/tokens"]
+    here = folders["mel"].parent.name
+    assert app.names_of_models(None) == [f"{here}/mel", f"{here}/text", f"{here}/tokens"]
     assert app.names_of_models(["b", "a", "b"]) == ["b", "a"]
-    assert app.labels_of(["models0/mel", "user/mel"]) == [("mel", "models0/mel"), ("user/mel", "user/mel")]
-    shutil.copytree("models0/mel", tmp_path / "mel")
-    assert app.labels_of(["models0/mel", str(tmp_path / "mel")])[0] == ("models0/mel", "models0/mel")
+    assert app.labels_of([f"{here}/mel", "user/mel"]) == [("mel", f"{here}/mel"), ("user/mel", "user/mel")]
+    shutil.copytree(f"{here}/mel", tmp_path / "mel")
+    assert app.labels_of([f"{here}/mel", str(tmp_path / "mel")])[0] == (f"{here}/mel", f"{here}/mel")
 
 
 # ----- sounds
