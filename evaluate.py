@@ -12,12 +12,12 @@ so that a second run is quick; a file that has changed is noticed by its content
 import argparse
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, make_parser, parse, run
+from tonefield.evaluation.arguments import add_num_workers
 from tonefield.evaluation.metrics import EMBEDDINGS, METRICS, Options, run_metrics
 
 
@@ -100,13 +100,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     out.add_argument("--device", help="where networks compute (default: the GPU if there is one)")
     out.add_argument("--batch_size", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    out.add_argument(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="threads that read files (default: one a core, here %(default)s)",
-    )
+    add_num_workers(out)
     out.add_argument("--seed", type=int, default=0, help="of whatever is drawn by chance (default: %(default)s)")
     out.add_argument(
         "--cache_dir", metavar="DIR", help="where embeddings are kept (default: ~/.cache/tonefield/evaluation)"

@@ -218,9 +218,7 @@ def model_fingerprint(pipe) -> str:
     for name, component in sorted(pipe.components.items()):
         if hasattr(component, "state_dict") and hasattr(component, "parameters"):
             digest.update(f"{name} {fingerprint_of(component)}".encode())
-        settings = (
-            dict(component.config) if hasattr(component, "config") and hasattr(component, "register_to_config") else {}
-        )
+        settings = component.config if hasattr(component, "register_to_config") else {}
         settings = {key: value for key, value in settings.items() if not key.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -13,12 +13,12 @@ Pictures of any size are taken; grey ones become three equal channels. The stati
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError
+from tonefield.evaluation.arguments import add_num_workers
 
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -54,10 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.json", help="where the report is written")
     parser.add_argument("--device", help="where networks compute (default: the GPU if there is one)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1, metavar="N",
-        help="threads that read files (default: one a core, here %(default)s)",
-    )  # fmt: skip
+    add_num_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn by chance (default: %(default)s)")
     parser.add_argument(
         "--cache_dir", metavar="DIR", help="where features are kept for the next time (default: nowhere)"

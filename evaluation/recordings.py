@@ -1,7 +1,6 @@
 """Recordings that a command is given, of a folder or a dataset, with what is known of them."""
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from tonefield.command_line import UserError
+from tonefield.evaluation.arguments import add_num_workers
 
 
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, folder: str, split: st
     data.add_argument(
         "--audio_column", default="audio", metavar="NAME", help="the dataset's recordings (default: %(default)s)"
     )
-    data.add_argument(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="threads that read files (default: one a core, here %(default)s)",
-    )
+    add_num_workers(data)
     return data
 
 

@@ -17,7 +17,6 @@ sampling.png. Times are those of the call, from noise to sound, after one call t
 
 import argparse
 import json
-import os
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, first_line
+from tonefield.evaluation.arguments import add_num_workers
 from tonefield.evaluation.metrics import METRICS, Options, check_metrics
 from tonefield.evaluation.recordings import check_positive
 
@@ -62,13 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("report and running")
     out.add_argument("--output_dir", required=True, metavar="DIR", help="where the report is written")
     out.add_argument("--device", help="where networks compute (default: the GPU if there is one)")
-    out.add_argument(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="threads that read files (default: one a core, here %(default)s)",
-    )
+    add_num_workers(out)
 
 
 # ----- solvers
