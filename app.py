@@ -33,6 +33,7 @@ from typing import Any
 import tonefield
 from tonefield import inference
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.pipelines import from_flags
 
 
 # What the page lets one choose; a model shows those that it has a use for.
@@ -85,26 +86,26 @@ class Model:
 def names_of_models(given: Sequence[str] | None) -> list[str]:
     if given:
         return list(dict.fromkeys(given))
-    names = sorted(os.path.relpath(file.parent) for file in inference.PRETRAINED.glob("*/model_index.json"))
+    names = sorted(os.path.relpath(file.parent) for file in from_flags.PRETRAINED.glob("*/model_index.json"))
     if not names:
-        raise UserError(f"There are no models in {inference.PRETRAINED}: name one, --model FOLDER or USER/NAME.")
+        raise UserError(f"There are no models in {from_flags.PRETRAINED}: name one, --model FOLDER or USER/NAME.")
     return names
 
 
 @functools.lru_cache(maxsize=4)
 def open_model(name: str) -> Model:
-    pipe = inference.load_model(flags(model=name))
+    pipe = from_flags.load_model(flags(model=name))
     if all(pipe.components.get(part) is None for part in ("mel", "audio_tokenizer")):
         raise UserError(f"--model {name} makes no sound: it has neither a mel nor an audio tokenizer.")
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(pipe.__call__).parameters
-    controls = {flag for flag, argument in inference.ARGUMENTS.items() if argument in known} | {"seed", "solver"}
+    controls = {flag for flag, argument in from_flags.ARGUMENTS.items() if argument in known} | {"seed", "solver"}
     classes = list(pipe.config.get("label2id") or map(str, range(getattr(pipe, "num_classes", 0))))
     reads = pipe.components.get("text_encoder") is not None
     controls -= set() if classes else {"class_label"}
     controls -= set() if reads else {"prompt", "negative_prompt"}
     controls -= set() if classes or reads else {"guidance_scale"}
-    window = inference.window_seconds(pipe)
+    window = from_flags.window_seconds(pipe)
     return Model(
         name, pipe, pipe.scheduler, controls, classes, solvers_of(pipe.scheduler),
         (pipe.config.get("card") or {}).get("num_inference_steps") or known["num_inference_steps"].default,
@@ -116,11 +117,11 @@ def solvers_of(scheduler) -> list[str]:
     """The names of the solvers that a scheduler can be given, its own first."""
     config = scheduler.config
     own = config.get("solver_type") if config.get("solver_type") in SOLVERS else config.get("predictor")
-    own = own or {cls: name for name, cls in inference.SOLVERS.items()}.get(type(scheduler).__name__)
+    own = own or {cls: name for name, cls in from_flags.SOLVERS.items()}.get(type(scheduler).__name__)
     found = {own or type(scheduler).__name__: None}
-    for name in dict.fromkeys((*SOLVERS, *inference.SOLVERS)):
+    for name in dict.fromkeys((*SOLVERS, *from_flags.SOLVERS)):
         try:
-            inference.change_solver(scheduler, name)
+            from_flags.change_solver(scheduler, name)
             found[name] = None
         except UserError:
             pass
@@ -189,7 +190,7 @@ def make(model: Model, args: argparse.Namespace, tell: Tell = silent) -> Take:
     """One sound, and what it took."""
     pipe, calls = model.pipe, 0
     prompt, label = ((getattr(args, name) or [None])[0] for name in ("prompt", "class_label"))
-    sound = inference.Sound(0, args.seed, prompt, label)
+    sound = from_flags.Sound(0, args.seed, prompt, label)
 
     def count(*_) -> None:
         nonlocal calls
@@ -200,17 +201,17 @@ def make(model: Model, args: argparse.Namespace, tell: Tell = silent) -> Take:
         return shown
 
     with ONE_AT_A_TIME:
-        scheduler = inference.change_solver(model.scheduler, args.solver) if args.solver else model.scheduler
+        scheduler = from_flags.change_solver(model.scheduler, args.solver) if args.solver else model.scheduler
         pipe.register_modules(scheduler=scheduler)
-        call = inference.make_call(pipe, args, [sound])
+        call = from_flags.make_call(pipe, args, [sound])
         hook = (pipe.components.get("unet") or pipe.components["transformer"]).register_forward_hook(count)
         started = time.perf_counter()
         try:
-            waveform = inference.make_batch(pipe, call | {"callback_on_step_end": step_ended}, [sound])[0]
+            waveform = from_flags.make_batch(pipe, call | {"callback_on_step_end": step_ended}, [sound])[0]
         finally:
             hook.remove()
         took = time.perf_counter() - started
-    rate = inference.sampling_rate_of(pipe)
+    rate = from_flags.sampling_rate_of(pipe)
     word = re.sub(r"\W+", "-", sound.title.lower()).strip("-")[:40]
     cost = f"{calls} network call{'s' * (calls != 1)}, {took:.1f}\N{NO-BREAK SPACE}s"
     return take_of(waveform, rate, f"{word}-{args.seed}.wav", sound.title, bool(args.loop), cost, command_of(args))
@@ -229,7 +230,7 @@ def given_take(model: Model, path: str) -> Take:
 
     from tonefield.data.audio_files import AudioError, read_audio
 
-    rate = inference.sampling_rate_of(model.pipe)
+    rate = from_flags.sampling_rate_of(model.pipe)
     try:
         audio = read_audio(Path(path), rate)
     except (AudioError, OSError) as error:
@@ -238,7 +239,7 @@ def given_take(model: Model, path: str) -> Take:
     if not len(loud):
         raise UserError("This sound is silent.")
     audio = audio[max(0, loud[0] - rate // 20) : loud[-1] + rate // 20]
-    longest = len(audio) if "seconds" in model.controls else int(inference.window_seconds(model.pipe) * rate)
+    longest = len(audio) if "seconds" in model.controls else int(from_flags.window_seconds(model.pipe) * rate)
     return take_of(audio[:longest], rate, "given.wav", "Your sound")
 
 

@@ -21,6 +21,7 @@ from training_runs import ROOT
 
 from tonefield import app, inference
 from tonefield.command_line import UserError
+from tonefield.pipelines import from_flags
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,13 @@ def test_controls_are_those_that_the_model_has_a_use_for(models):
 
 def test_solvers_are_those_that_the_scheduler_knows_its_own_first(models):
     assert models["mel"].solvers == ["dpmsolver++", "heun", "euler", "rk45"]
-    assert models["text"].solvers[0] == "ddim" and set(models["text"].solvers) == set(inference.SOLVERS)
+    assert models["text"].solvers[0] == "ddim" and set(models["text"].solvers) == set(from_flags.SOLVERS)
     assert models["tokens"].solvers[0] == "event"
     assert set(models["tokens"].solvers) == {"event", "analytic", "euler", "remdm", "confidence"}
 
 
 def test_models_that_come_along(folders, monkeypatch, tmp_path):
-    monkeypatch.setattr(inference, "PRETRAINED", folders["mel"].parent)
+    monkeypatch.setattr(from_flags, "PRETRAINED", folders["mel"].parent)
     monkeypatch.chdir(folders["mel"].parent.parent)
     here = folders["mel"].parent.name
     assert app.names_of_models(None) == [f"{here}/mel", f"{here}/text", f"{here}/tokens"]
@@ -247,7 +248,7 @@ def test_edits_want_a_sound(models):
     ],
 )
 def test_what_is_missing_is_said_in_a_line(flags, message, folders, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(inference, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(from_flags, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as caught:
         app.run(app.main, app.parse_args([flag.replace("MEL", str(folders["mel"])) for flag in flags]))
