@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tonefield.command_line import UserError, make_parser, parse, run
+from tonefield.command_line import UserError, make_parser, parse, printable, run
 from tonefield.evaluation.arguments import add_num_workers
 from tonefield.evaluation.metrics import EMBEDDINGS, METRICS, Options, run_metrics
 
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> None:
         enough = f"{curve['smallest_n']} clips" if curve["smallest_n"] else "more clips than there are"
         print(f"{curve['metric']}: {enough} for an interval of ±{curve['precision']:.0%}")
     for warning in report["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if args.out:
         from tonefield.evaluation.report import write_report
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+import stat
 import struct
 import subprocess
 import tempfile
@@ -30,12 +31,24 @@ SOUNDFILE_EXTENSIONS = {
     ".w64",
 }
 FFMPEG_EXTENSIONS = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka"}
+# What ffmpeg may take a file for, whatever its name. Of others, playlists say, it would open what they name.
+FFMPEG_FORMATS = "mov,mp4,matroska,webm,aac,asf,mp3,ogg,flac,wav"
 
-_BLOCK_SAMPLES = 2**18  # about six seconds at 44.1 kHz: large enough to be quick, small enough for any memory
+_BLOCK_SAMPLES = 2**18  # of all channels, six seconds at 44.1 kHz: enough to be quick, small enough for any memory
+RATES = (1000, 10_000_000)  # in Hz. A header beyond is damaged, and resampling would make gigabytes of a few bytes.
+LOUDEST = 2.0**32  # beyond, what is computed of a spectrum is no number any more; 32-bit integers as floats are below
+LONGEST = 2**28  # samples that are read as a whole, 1 GiB: a few kilobytes can hold days of silence
+
+
+NOT_A_FILE = "is not a file, but a pipe or a device"
 
 
 class AudioError(Exception):
     """A recording that cannot be used; the message is the reason."""
+
+
+class TooLongError(AudioError):
+    """A recording that can only be read block by block."""
 
 
 def read_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
@@ -43,6 +56,8 @@ def read_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
 
     Channels are averaged; other rates are resampled by soxr at high quality. `source` is a path, or the bytes of one.
     """
+    if isinstance(source, Path) and is_special(source):
+        raise AudioError(NOT_A_FILE)
     if isinstance(source, Path) and source.suffix.lower() in FFMPEG_EXTENSIONS:
         blocks = _ffmpeg_blocks(source, sample_rate)
     else:
@@ -52,22 +67,41 @@ def read_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
         if not np.isfinite(block).all():
             at = (samples + int(np.flatnonzero(~np.isfinite(block))[0])) / sample_rate
             raise AudioError(f"holds a sample that is not a finite number at {at:.3f} s")
+        if np.abs(block).max(initial=0) > LOUDEST:
+            raise AudioError(f"holds samples of up to {np.abs(block).max():.3g}, where full scale is 1")
         samples += len(block)
         yield block
     if samples == 0:
         raise AudioError("holds no samples")
 
 
-def read_audio(source: Path | bytes, sample_rate: int) -> np.ndarray:
-    """A whole recording as mono float32 samples at `sample_rate`."""
-    return np.concatenate(list(read_blocks(source, sample_rate)))
+def read_audio(source: Path | bytes, sample_rate: int, longest: int = LONGEST) -> np.ndarray:
+    """A whole recording as mono float32 samples at `sample_rate`; one of more than `longest` samples is refused."""
+    blocks, samples = [], 0
+    for block in read_blocks(source, sample_rate):
+        samples += len(block)
+        if samples > longest:
+            minutes = longest / sample_rate / 60
+            raise TooLongError(f"is longer than the {minutes:.0f} minutes that are read at once: cut it into pieces")
+        blocks.append(block)
+    return np.concatenate(blocks)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path leads to what may never end, a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there: reading it will tell
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _soundfile_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             # Not `file.blocks`: where a file is shorter than its header says, that fills up with what it read before.
-            reads = (file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True) for _ in itertools.count())
+            frames = max(1, _BLOCK_SAMPLES // file.channels)
+            reads = (file.read(frames, dtype="float32", always_2d=True) for _ in itertools.count())
             yield from _mix_and_resample(itertools.takewhile(len, reads), file.samplerate, sample_rate)
     except soundfile.SoundFileError as error:
         if isinstance(source, Path):
@@ -90,7 +124,8 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
     if shutil.which("ffmpeg") is None:
         raise AudioError(f"{path.suffix} files need ffmpeg, which is not installed")
     # An AU stream tells rate and channels in its header and needs no length, so it can be read from a pipe.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-vn", "-c:a", "pcm_f32be", "-f", "au", "-"]
+    options = ["-nostdin", "-v", "error", "-format_whitelist", FFMPEG_FORMATS, "-protocol_whitelist", "file"]
+    command = ["ffmpeg", *options, "-i", f"file:{path}", "-vn", "-c:a", "pcm_f32be", "-f", "au", "-"]
     with (
         tempfile.TemporaryFile() as messages,  # not a pipe, which would be full at some point of a long bad recording
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
@@ -100,7 +135,8 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
         if len(header) == 24:
             offset, _, _, rate, channels = struct.unpack(">4x5I", header)
             process.stdout.read(offset - 24)
-            frames = iter(partial(process.stdout.read, 4 * channels * _BLOCK_SAMPLES), b"")
+            block = 4 * channels * max(1, _BLOCK_SAMPLES // channels)
+            frames = iter(partial(process.stdout.read, block), b"")
             blocks = (np.frombuffer(data, ">f4").astype(np.float32).reshape(-1, channels) for data in frames)
             yield from _mix_and_resample(blocks, rate, sample_rate)
         process.wait()
@@ -112,11 +148,14 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
 
 def _mix_and_resample(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
     """Blocks of shape (samples, channels) at `rate` to mono at `sample_rate`."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise AudioError(f"has a sampling rate of {rate} Hz: sound has {RATES[0]} to {RATES[1]} Hz")
     resample = (
         soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
     )
     for block in blocks:
-        mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
+        with np.errstate(invalid="ignore", over="ignore"):  # whoever asked for the block is told of what is no number
+            mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
         yield mono if resample is None else resample.resample_chunk(mono)
     if resample is not None:
         yield resample.resample_chunk(np.zeros(0, np.float32), last=True)

@@ -12,8 +12,8 @@ import pyarrow.json
 from datasets import Audio, ClassLabel, Dataset, Features, IterableDataset, Value
 from datasets.features.features import generate_from_arrow_type
 
-from tonefield.command_line import UserError
-from tonefield.data.audio_files import FFMPEG_EXTENSIONS, SOUNDFILE_EXTENSIONS
+from tonefield.command_line import UserError, printable
+from tonefield.data.audio_files import FFMPEG_EXTENSIONS, NOT_A_FILE, SOUNDFILE_EXTENSIONS, is_special
 from tonefield.data.loading import LOOSE_FILES
 
 
@@ -80,7 +80,11 @@ class AudioFolder:
                 path = Path(parent, file)
                 name = path.relative_to(self.folder).as_posix()
                 if (readable := name.encode(errors="replace").decode()) != name:
-                    self.rejects.append((readable, "has a name that is not UTF-8: rename it"))
+                    self.rejects.append((printable(readable), "has a name that is not UTF-8: rename it"))
+                elif printable(name) != name:
+                    self.rejects.append((printable(name), "has a name with control characters: rename it"))
+                elif is_special(path):
+                    self.rejects.append((name, NOT_A_FILE))
                 elif path.suffix.lower() in SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS:
                     paths[name] = path
                 elif file in METADATA_FILES:

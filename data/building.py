@@ -10,7 +10,7 @@ from datasets import Features, load_from_disk
 from huggingface_hub import upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from tonefield.command_line import UserError, first_line
+from tonefield.command_line import UserError, first_line, printable
 from tonefield.data.arguments import SOURCE_SETTINGS
 from tonefield.data.audio_folder import AudioColumn, AudioFolder
 from tonefield.data.dataset_builder import Converter, DatasetBuilder, Result, plan_parts, write_rejects
@@ -26,7 +26,7 @@ def open_source(args: argparse.Namespace) -> AudioFolder | AudioColumn:
         dataset = load_split(args.dataset_name, args.split, args.streaming, args.dataset_config_name)
         source = AudioColumn(dataset, args.audio_column)
     for warning in source.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     return source
 
 
@@ -75,7 +75,7 @@ def build_dataset(
         print(f"{result.skipped} {rows} were skipped: they peak below {args.silence_db:g} dB.")
     if result.rejects:
         name, reason = result.rejects[0]
-        print(f"{len(result.rejects)} files were rejected, see rejects.jsonl; the first: {name} {reason}.")
+        print(f"{len(result.rejects)} files were rejected, see rejects.jsonl; the first: {printable(name)} {reason}.")
     return result
 
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, printable
 from tonefield.evaluation.arguments import add_num_workers
 
 
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
                 warnings += [f"{name}: {sentence}" for sentence in result.get("warnings", ())]
     print(f"\n{table({'results': results})}")
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if args.out:
         report = {
             "tonefield": tonefield.__version__,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, printable
 from tonefield.evaluation.arguments import add_num_workers
 
 
@@ -96,7 +96,7 @@ def read_recordings(
             kept.append(recording)
             sounds.append(sound)
     for name, reason in rejected[:MOST_REASONS]:
-        print(f"left out: {name} {reason}", file=sys.stderr)
+        print(f"left out: {printable(name)} {reason}", file=sys.stderr)
     if len(rejected) > MOST_REASONS:
         print(f"left out: {len(rejected) - MOST_REASONS} more", file=sys.stderr)
     if not kept:

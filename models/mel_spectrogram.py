@@ -44,6 +44,7 @@ PRESETS = {
 }
 
 # The quietest and loudest log-magnitude of BigVGAN mels: its own floor, and what material peaking at 1 hardly exceeds.
+LOUDEST = 2.0**32  # of a sample whose power can still be told; full scale is 1
 BIGVGAN_VALUE_RANGE = (math.log(1e-5), 2.1)
 
 
@@ -371,9 +372,12 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         if waveform.ndim != 2 or waveform.shape[-1] == 0:
             raise ValueError(f"A waveform has shape (batch, samples), not {tuple(waveform.shape)}.")
         waveform = waveform.to(self.filterbank)
-        if not waveform.sum().isfinite():  # one pass, and anything that is no number spreads to the sum
-            row, sample = (~waveform.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"Sample {sample} of waveform {row} is not a finite number.")
+        lowest, highest = waveform.aminmax()
+        if not torch.maximum(-lowest, highest) <= LOUDEST:  # of what is no number neither
+            row, sample = (~(waveform.abs() <= LOUDEST)).nonzero()[0].tolist()
+            value = waveform[row, sample].item()
+            what = f"{value:.3g}, where full scale is 1" if math.isfinite(value) else "not a finite number"
+            raise ValueError(f"Sample {sample} of waveform {row} is {what}.")
         # A processor computes pieces that fit into its cache faster than a large batch at once.
         rows = max(1, 2**18 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
         mel = torch.cat([self._bands(part) for part in waveform.split(max(1, rows))])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,20 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# Control characters, line separators, marks that turn the direction of what follows, and bytes that are no UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Text of others in one line that does nothing to a terminal but to be read there."""
+    return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), str(text))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists all flags)\n")  # one line, without pages of usage above it
+        self.exit(
+            2, f"error: {printable(message)} (--help lists all flags)\n"
+        )  # one line, without pages of usage above it
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -77,9 +89,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     try:
         main(args)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     except OSError as error:  # a full disk, a missing permission
-        sys.exit(f"error: {error.filename or 'the operating system'}: {error.strerror or error}")
+        sys.exit(printable(f"error: {error.filename or 'the operating system'}: {error.strerror or error}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -14,12 +14,15 @@ import soundfile
 import torch
 from tqdm.auto import tqdm
 
-from tonefield.command_line import UserError
-from tonefield.data.audio_files import AudioError, read_audio
+from tonefield.command_line import UserError, printable
+from tonefield.data.audio_files import AudioError, TooLongError, read_audio, read_blocks
 from tonefield.data.audio_folder import AudioColumn, AudioFolder, Recording
 from tonefield.data.loading import load_split
 from tonefield.training.data import EndlessRows, TrainingData
 from tonefield.training.randomness import derive_seed, make_generators, uniform
+
+
+READ_AHEAD = 2**23  # samples of a recording that is read while others are; a longer one is written block by block
 
 
 @dataclass(frozen=True)
@@ -87,37 +90,51 @@ def gather(source: Iterable[Recording], sampling_rate: int, path: Path, limit: i
 
     recordings = iter(source)
 
-    def read(recording: Recording) -> tuple[str, np.ndarray | None, int, str]:
+    def read(recording: Recording) -> tuple[Iterable[np.ndarray], int, str]:
         try:
             if recording.audio is None:
                 raise AudioError("has no audio")
-            sound = read_audio(recording.audio, sampling_rate)
+            try:
+                blocks: Iterable[np.ndarray] = [read_audio(recording.audio, sampling_rate, READ_AHEAD)]
+            except TooLongError:
+                blocks = read_blocks(recording.audio, sampling_rate)
             try:
                 audio = BytesIO(recording.audio) if isinstance(recording.audio, bytes) else recording.audio
                 rate = soundfile.info(audio).samplerate
             except soundfile.SoundFileError:  # what ffmpeg has read
                 rate = sampling_rate
         except AudioError as error:
-            return recording.name, None, 0, str(error)
-        silent = np.abs(sound).max() < 1e-4
-        return recording.name, None if silent else sound, rate, "is silent" if silent else ""
+            return (), 0, str(error)
+        return blocks, rate, ""
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, ThreadPoolExecutor() as pool, tqdm(unit=" recordings", disable=None) as bar:
         while some := list(islice(recordings, 64)):
-            for name, sound, rate, reason in pool.map(read, some):
+            for recording, (blocks, rate, reason) in zip(some, pool.map(read, some), strict=True):
                 bar.update()
-                if sound is None:
-                    rejects.append((name, reason))
-                elif limit is None or len(names) < limit:
-                    file.write(sound.astype(np.float32).tobytes())
-                    lengths.append(len(sound))
-                    names.append(name)
+                if limit is not None and len(names) == limit:
+                    break
+                start, loud = file.tell(), False
+                try:
+                    for block in blocks:
+                        file.write(block.astype(np.float32).tobytes())
+                        loud = loud or np.abs(block).max(initial=0) >= 1e-4
+                except AudioError as error:
+                    reason = str(error)
+                if reason or not loud:
+                    rejects.append((recording.name, reason or "is silent"))
+                    file.seek(start)
+                    file.truncate()
+                else:
+                    lengths.append((file.tell() - start) // 4)
+                    names.append(recording.name)
                     rates[rate] += 1
-            if limit is not None and len(names) >= limit:
+            if limit is not None and len(names) == limit:
                 break
     if rejects:
-        tqdm.write(f"{len(rejects)} recordings are left out, the first one {rejects[0][0]}: {rejects[0][1]}")
+        tqdm.write(
+            f"{len(rejects)} recordings are left out, the first one {printable(rejects[0][0])}: {rejects[0][1]}"
+        )
     if set(rates) - {sampling_rate}:
         found = ", ".join(f"{count} of {rate} Hz" for rate, count in sorted(rates.items()))
         tqdm.write(f"recordings are resampled to {sampling_rate} Hz: {found}")
