@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tonefield import MelSpectrogram
+from tonefield import MelSpectrogram, load
 from tonefield.data.synthetic import synthesize
 from tonefield.schedulers import PoissonFlowScheduler, ScoreEntropyScheduler, empirical_denoiser
 from tonefield.schedulers.scheduling_score_entropy import NOISE_SCHEDULES
@@ -175,7 +175,39 @@ def schedules():
     return figure
 
 
-PICTURES = (field_lines, noise_law, on_the_way, noisy_mels, guidance, masks, schedules)
+def digits_from_noise():
+    """The ten digits on their way from noise to speech, by the model that comes along."""
+    pipe = load(Path(__file__).resolve().parents[1] / "pretrained" / "digits-poisson-flow")
+    pipe.set_progress_bar_config(disable=True)
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    states = []
+
+    def remember(_, step, timestep, shown):
+        states.append(shown["latents"])
+        return shown
+
+    first = [generator(seed) for seed in range(len(names))]
+    states.append(pipe.prepare_noise(len(names), first) * pipe.scheduler.init_noise_sigma)
+    pipe(
+        class_labels=list(names), guidance_scale=3.0, num_inference_steps=18, output_type="mel",
+        generator=[generator(seed) for seed in range(len(names))], callback_on_step_end=remember,
+    )  # fmt: skip
+    rows, levels = (0, 10, 12, 18), pipe.scheduler.sigmas.tolist()
+    figure, axes = plt.subplots(len(rows), len(names), figsize=(10, 4.3), layout="constrained")
+    for place, line in zip(rows, axes, strict=True):
+        # Noise of level sigma on data of spread sigma_data, brought to the spread of the data.
+        scale = pipe.scheduler.config.sigma_data / math.hypot(pipe.scheduler.config.sigma_data, levels[place])
+        for axis, state in zip(line, states[place], strict=True):
+            axis.imshow((scale * state[0]).numpy(), origin="lower", cmap="magma", vmin=-0.7, vmax=1.4, aspect="auto")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(f"σ = {levels[place]:.2g}")
+    for axis, name in zip(axes[-1], names, strict=True):
+        axis.set_xlabel(name)
+    return figure
+
+
+PICTURES = (digits_from_noise, field_lines, noise_law, on_the_way, noisy_mels, guidance, masks, schedules)
 
 
 def draw_all(folder: Path) -> None:
