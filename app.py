@@ -364,7 +364,9 @@ def labels_of(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def shown_of(model: Model) -> dict[str, dict[str, Any]]:
     """What the page shows of its controls for a model, and with which values."""
+    card = model.pipe.config.get("card") or {}
     own = {
+        "prompt": dict(placeholder=card.get("description")),  # says what can be asked for
         "class_label": dict(choices=model.classes, value=model.classes[0] if model.classes else None),
         "steps": dict(value=model.steps, maximum=max(100, 2 * model.steps)),
         "solver": dict(choices=model.solvers, value=model.solvers[0]),

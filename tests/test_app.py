@@ -83,6 +83,12 @@ def test_models_that_come_along(folders, monkeypatch, tmp_path):
     assert app.labels_of([f"{here}/mel", str(tmp_path / "mel")])[0] == (f"{here}/mel", f"{here}/mel")
 
 
+def test_an_empty_prompt_says_what_can_be_asked_for(models):
+    shown = app.shown_of(app.open_model(str(ROOT / "pretrained" / "digits-latent-text")))
+    assert '"jackson says seven"' in shown["prompt"]["placeholder"]
+    assert app.shown_of(models["text"])["prompt"]["placeholder"] is None
+
+
 # ----- sounds
 
 
