@@ -21,11 +21,14 @@ demo: $(INSTALLED) ## Speak the ten digits, and make a few sounds and their spec
 	@$(BIN)/python -m tonefield.data.demo --output_dir demo $(ARGS)
 
 test: $(INSTALLED) ## Run the tests, without the slow ones
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PROCESSES) $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests only
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow $(PROCESSES) $(ARGS)
 
+# A process for each core is faster than a thread for each. Tests of one file may go on from each other.
+test test-slow: PROCESSES = --numprocesses auto --maxprocesses 8 --dist loadfile
+test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export HF_HUB_OFFLINE = 1
 test test-slow: export HF_DATASETS_OFFLINE = 1
 test test-slow: export TOKENIZERS_PARALLELISM = false
