@@ -56,35 +56,43 @@ def read_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
 
     Channels are averaged; other rates are resampled by soxr at high quality. `source` is a path, or the bytes of one.
     """
-    if isinstance(source, Path) and is_special(source):
-        raise AudioError(NOT_A_FILE)
-    if isinstance(source, Path) and source.suffix.lower() in FFMPEG_EXTENSIONS:
-        blocks = _ffmpeg_blocks(source, sample_rate)
-    else:
-        blocks = _soundfile_blocks(source, sample_rate)
-    samples = 0
-    for block in blocks:
-        if not np.isfinite(block).all():
-            at = (samples + int(np.flatnonzero(~np.isfinite(block))[0])) / sample_rate
-            raise AudioError(f"holds a sample that is not a finite number at {at:.3f} s")
-        if np.abs(block).max(initial=0) > LOUDEST:
-            raise AudioError(f"holds samples of up to {np.abs(block).max():.3g}, where full scale is 1")
+    resample, samples = None, 0
+    for block, rate in _blocks(source):
+        if rate != sample_rate:
+            resample = resample or soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+            block = resample.resample_chunk(block)
         samples += len(block)
         yield block
+    if resample is not None:
+        last = resample.resample_chunk(np.zeros(0, np.float32), last=True)
+        samples += len(last)
+        yield last
     if samples == 0:
         raise AudioError("holds no samples")
 
 
 def read_audio(source: Path | bytes, sample_rate: int, longest: int = LONGEST) -> np.ndarray:
     """A whole recording as mono float32 samples at `sample_rate`; one of more than `longest` samples is refused."""
-    blocks, samples = [], 0
-    for block in read_blocks(source, sample_rate):
+    return _join(read_blocks(source, sample_rate), sample_rate, longest)
+
+
+def read_unchanged(source: Path | bytes, longest: int = LONGEST) -> tuple[np.ndarray, int]:
+    """The same at the rate that the recording has, and that rate."""
+    blocks = _blocks(source)
+    for first, rate in blocks:
+        return _join(itertools.chain([first], (block for block, _ in blocks)), rate, longest), rate
+    raise AudioError("holds no samples")
+
+
+def _join(blocks: Iterable[np.ndarray], sample_rate: int, longest: int) -> np.ndarray:
+    joined, samples = [], 0
+    for block in blocks:
         samples += len(block)
         if samples > longest:
             minutes = longest / sample_rate / 60
             raise TooLongError(f"is longer than the {minutes:.0f} minutes that are read at once: cut it into pieces")
-        blocks.append(block)
-    return np.concatenate(blocks)
+        joined.append(block)
+    return np.concatenate(joined)
 
 
 def is_special(path: Path) -> bool:
@@ -96,13 +104,37 @@ def is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def _soundfile_blocks(source: Path | bytes, sample_rate: int) -> Iterator[np.ndarray]:
+def _blocks(source: Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
+    """The mono samples of a recording, and their rate with each block."""
+    if isinstance(source, Path) and is_special(source):
+        raise AudioError(NOT_A_FILE)
+    if isinstance(source, Path) and source.suffix.lower() in FFMPEG_EXTENSIONS:
+        blocks = _ffmpeg_blocks(source)
+    else:
+        blocks = _soundfile_blocks(source)
+    samples = 0
+    for channels, rate in blocks:
+        if not RATES[0] <= rate <= RATES[1]:
+            raise AudioError(f"has a sampling rate of {rate} Hz: sound has {RATES[0]} to {RATES[1]} Hz")
+        with np.errstate(invalid="ignore", over="ignore"):  # what is no number is told of below
+            block = channels[:, 0] if channels.shape[1] == 1 else channels.mean(1)
+        if not np.isfinite(block).all():
+            at = (samples + int(np.flatnonzero(~np.isfinite(block))[0])) / rate
+            raise AudioError(f"holds a sample that is not a finite number at {at:.3f} s")
+        if np.abs(block).max() > LOUDEST:
+            raise AudioError(f"holds samples of up to {np.abs(block).max():.3g}, where full scale is 1")
+        samples += len(block)
+        yield block, rate
+
+
+def _soundfile_blocks(source: Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks of shape (samples, channels), and their rate."""
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             # Not `file.blocks`: where a file is shorter than its header says, that fills up with what it read before.
             frames = max(1, _BLOCK_SAMPLES // file.channels)
             reads = (file.read(frames, dtype="float32", always_2d=True) for _ in itertools.count())
-            yield from _mix_and_resample(itertools.takewhile(len, reads), file.samplerate, sample_rate)
+            yield from zip(itertools.takewhile(len, reads), itertools.repeat(file.samplerate), strict=False)
     except soundfile.SoundFileError as error:
         if isinstance(source, Path):
             _check_readable(source)
@@ -120,7 +152,7 @@ def _check_readable(path: Path) -> None:
         raise AudioError(f"cannot be opened ({error.strerror or error})") from None
 
 
-def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
+def _ffmpeg_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     if shutil.which("ffmpeg") is None:
         raise AudioError(f"{path.suffix} files need ffmpeg, which is not installed")
     # An AU stream tells rate and channels in its header and needs no length, so it can be read from a pipe.
@@ -138,24 +170,9 @@ def _ffmpeg_blocks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
             block = 4 * channels * max(1, _BLOCK_SAMPLES // channels)
             frames = iter(partial(process.stdout.read, block), b"")
             blocks = (np.frombuffer(data, ">f4").astype(np.float32).reshape(-1, channels) for data in frames)
-            yield from _mix_and_resample(blocks, rate, sample_rate)
+            yield from zip(blocks, itertools.repeat(rate), strict=False)
         process.wait()
         messages.seek(0)
         reason = messages.read().decode(errors="replace").strip().splitlines()
     if process.returncode != 0:
         raise AudioError(f"cannot be read by ffmpeg ({reason[-1] if reason else process.returncode})")
-
-
-def _mix_and_resample(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
-    """Blocks of shape (samples, channels) at `rate` to mono at `sample_rate`."""
-    if not RATES[0] <= rate <= RATES[1]:
-        raise AudioError(f"has a sampling rate of {rate} Hz: sound has {RATES[0]} to {RATES[1]} Hz")
-    resample = (
-        soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
-    )
-    for block in blocks:
-        with np.errstate(invalid="ignore", over="ignore"):  # whoever asked for the block is told of what is no number
-            mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
-        yield mono if resample is None else resample.resample_chunk(mono)
-    if resample is not None:
-        yield resample.resample_chunk(np.zeros(0, np.float32), last=True)

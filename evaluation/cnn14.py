@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, relu
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tonefield.command_line import UserError
 from tonefield.conversion.command import load_strictly, read_checkpoint
 from tonefield.evaluation.embeddings import Embedding, fingerprint_of
+from tonefield.models.mel_spectrogram import stft
 
 
 # Samples of a window: sampling rate, and samples from one window to the next.
@@ -39,13 +41,20 @@ class CNN14(nn.Module):
 
     def log_mel(self, sounds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Decibels (batch, frames, bands) of sounds that are reflected at either end, each at its own."""
-        places = torch.arange(-(self.n_fft // 2), sounds.shape[1] + self.n_fft // 2, device=sounds.device).abs()
-        last = lengths[:, None] - 1
-        places = torch.where(places > last, 2 * last - places, places).clamp(min=0)
-        frames = sounds.gather(1, places).unfold(-1, self.n_fft, self.hop)
-        spectra = torch.fft.rfft(frames * torch.hann_window(self.n_fft, device=sounds.device))
-        power = spectra.real.square() + spectra.imag.square()
-        return 10 * (power @ self.logmel_extractor.melW).clamp(min=1e-10).log10()
+        half, last = self.n_fft // 2, lengths[:, None] - 1
+        steps = torch.arange(1, half + 1, device=sounds.device)
+        padded = nn.functional.pad(sounds, (half, half))
+        padded[:, :half] = sounds[:, 1 : half + 1].flip(1)
+        padded.scatter_(1, half + last + steps, sounds.gather(1, last - steps))
+        window = torch.hann_window(self.n_fft, device=sounds.device)
+        # A processor computes pieces that fit into its cache faster than a large batch at once.
+        rows = max(1, 2**17 // sounds.shape[1]) if sounds.device.type == "cpu" else len(sounds)
+        bands = []
+        for part in padded.split(rows):
+            spectra = stft(part, window, self.hop)
+            power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
+            bands.append(power @ self.logmel_extractor.melW)
+        return 10 * torch.cat(bands).clamp(min=1e-10).log10()
 
     def forward(self, sounds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """
@@ -55,21 +64,32 @@ class CNN14(nn.Module):
         beyond the end of a sound that is alone: rows do not depend on the batch.
         """
         x, frames = self.log_mel(sounds, lengths)[:, None], lengths // self.hop + 1
+        mixed = bool((lengths != lengths[0]).any())
 
         def keep(x: torch.Tensor) -> torch.Tensor:
+            if not mixed:
+                return x
             return x * (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None, :, None]
 
         x = keep(self.bn0(x.transpose(1, 3)).transpose(1, 3))
         for index in range(1, 7):
             block = getattr(self, f"conv_block{index}")
-            x = keep(relu(block.bn1(block.conv1(x))))
-            x = keep(relu(block.bn2(block.conv2(x))))
+            x = keep(relu(block.bn1(block.conv1(x)), inplace=True))
+            x = keep(relu(block.bn2(block.conv2(x)), inplace=True))
             if index < 6:
                 frames = frames // 2
                 x = keep(avg_pool2d(x, 2))
         x = x.mean(3)
         # Nothing is below zero, so that the maximum is not among the frames that were set to it.
         return relu(self.fc1(x.amax(2) + x.sum(2) / frames[:, None]))
+
+    def fuse(self) -> None:
+        """Makes each normalisation a part of the convolution before it: two passes over the memory less."""
+        for index in range(1, 7):
+            block = getattr(self, f"conv_block{index}")
+            block.conv1 = fuse_conv_bn_eval(block.conv1, block.bn1)
+            block.conv2 = fuse_conv_bn_eval(block.conv2, block.bn2)
+            block.bn1, block.bn2 = nn.Identity(), nn.Identity()
 
 
 def load_cnn14(file: str | Path) -> CNN14:
@@ -87,6 +107,7 @@ def load_cnn14(file: str | Path) -> CNN14:
     for part in ("real", "imag"):  # the Fourier transform, which is the same everywhere
         weights.pop(f"spectrogram_extractor.stft.conv_{part}.weight", None)
     load_strictly(network, weights, file)
+    network.fuse()
     return network
 
 
@@ -108,7 +129,7 @@ class CNN14Embedding(Embedding):
         self.window, self.least = 30 * self.sampling_rate, 31 * hop
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.network, type(self).__name__, 1)
+        return fingerprint_of(self.network, type(self).__name__, 2)
 
     def forward(self, pieces: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
         return list(self.network(pieces, lengths)[:, None])

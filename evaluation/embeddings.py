@@ -56,7 +56,7 @@ class Embedding:
     def cut(self, sound: np.ndarray) -> list[np.ndarray]:
         """The pieces of a sound, in order."""
         hop = self.hop or self.window or 1
-        starts = range(0, len(sound), hop) if self.window else [0]
+        starts = range(0, len(sound) or 1, hop) if self.window else [0]
         pieces = [sound[start : start + self.window] if self.window else sound for start in starts]
         long_enough = [piece for piece in pieces if len(piece) >= self.least]
         return long_enough or [np.pad(pieces[0], (0, self.least - len(pieces[0])))]
@@ -83,8 +83,10 @@ class Embedding:
             for row, index in zip(padded, batch, strict=True):
                 row[: len(pieces[index][1])] = torch.from_numpy(pieces[index][1])
             outputs = self.forward(padded.to(self.device), lengths.to(self.device))
-            for index, output in zip(batch, outputs, strict=True):
-                rows[index] = output.float().cpu().numpy()
+            joined = torch.cat(outputs).float().cpu().numpy()  # one copy from the device for all
+            ends = np.cumsum([len(output) for output in outputs])
+            for index, output in zip(batch, np.split(joined, ends[:-1]), strict=True):
+                rows[index] = output
             batch = []
         result: list[list[np.ndarray]] = [[] for _ in sounds]
         for (index, _), piece_rows in zip(pieces, rows, strict=True):

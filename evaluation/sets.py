@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import soundfile
 import soxr
 from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError
-from tonefield.data.audio_files import AudioError, read_audio
+from tonefield.data.audio_files import AudioError, read_audio, read_unchanged
 from tonefield.evaluation.statistics import GaussianStats
 
 
@@ -32,9 +31,10 @@ R = TypeVar("R")
 
 SILENCE_DB = -60.0  # of full scale: a recording that peaks below is called silent
 RESAMPLER = "soxr HQ"
-FORMAT = 1  # of the cache; what an earlier number has written is computed anew
+FORMAT = 2  # of the cache; what an earlier number has written is computed anew
 CHUNK = (256, 2**25)  # recordings and samples that are in memory at a time, at most
 GROUP = (16, 60.0)  # recordings that a thread reads at a time, and their seconds
+FILES = (16, 2**23)  # the same before their lengths are known, in bytes
 HELD = 2**26  # samples that stay in memory after a file was looked at, so that it need not be read again
 
 
@@ -56,6 +56,19 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], num_workers: int
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def portions(items: Iterable[T], size_of: Callable[[T], float], most: tuple[int, float]) -> Iterator[list[T]]:
+    """Consecutive items together: at most so many, and no more once their sizes reach a limit."""
+    portion, size = [], 0.0
+    for item in items:
+        portion.append(item)
+        size += size_of(item)
+        if len(portion) == most[0] or size >= most[1]:
+            yield portion
+            portion, size = [], 0.0
+    if portion:
+        yield portion
 
 
 @dataclass(frozen=True)
@@ -213,20 +226,24 @@ class SampleSet:
         except OSError as error:
             raise UserError(f"--cache_dir {folder.parent} cannot be written: {error.strerror}.") from None
         try:
-            stats, counts = GaussianStats.empty(embedding.dim), []
+            counts: list[int] = []
             with (partial / "rows.f32").open("wb") as file:
                 for inputs in self._chunks(embedding):
                     rows = embedding.embed(inputs, batch_size)
-                    joined = np.concatenate(rows).astype(np.float32)
+                    joined = np.concatenate(rows).astype(np.float32, copy=False)
                     if not np.isfinite(joined).all():
                         bad = next(i for i, of in enumerate(rows) if not np.isfinite(of).all())
                         name = self.samples[len(counts) + bad].name
                         raise UserError(f"{embedding.name} makes numbers that are not finite of {name}.")
                     file.write(joined.tobytes())
-                    stats.update(joined)
                     counts += map(len, rows)
             about = json.dumps({"what": what, "resampler": RESAMPLER, "embedding": embedding.name})
-            np.savez(partial / "stats.npz", counts=counts, mean=stats.mean, scatter=stats.scatter, about=about)
+            kept: dict[str, Any] = {"counts": counts, "dim": embedding.dim, "about": about}
+            # Fewer rows than dimensions tell all there is to know of a covariance, and more quickly than it does.
+            if sum(counts) > embedding.dim:
+                stats = GaussianStats.of(_rows(partial, sum(counts), embedding.dim))
+                kept |= {"mean": stats.mean, "scatter": stats.scatter}
+            np.savez(partial / "stats.npz", **kept)
             try:
                 partial.rename(folder)
             except OSError:  # another process was faster
@@ -237,37 +254,25 @@ class SampleSet:
 
     def _groups(self) -> Iterator[list[Sample]]:
         """The files in handy portions."""
-        group: list[Sample] = []
-        for sample in self.samples:
-            group.append(sample)
-            if len(group) == GROUP[0] or sum(one.seconds for one in group) >= GROUP[1]:
-                yield group
-                group = []
-        if group:
-            yield group
+        return portions(self.samples, lambda sample: sample.seconds, GROUP)
 
     def _chunks(self, embedding: "Embedding") -> Iterator[list[np.ndarray]]:
-        chunk, size = [], 0
         loaded = in_parallel(lambda some: self.load(some, embedding), self._groups(), self.num_workers)
         files = itertools.chain.from_iterable(loaded)
         bar = tqdm(files, f"{embedding.name}: {self.name}", len(self), unit="file", disable=None, leave=False)
-        for data in bar:
-            chunk.append(data)
-            size += data.size
-            if len(chunk) == CHUNK[0] or size >= CHUNK[1]:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
+        return portions(bar, lambda data: data.size, CHUNK)
+
+
+def _rows(folder: Path, n: int, dim: int) -> np.ndarray:
+    return np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, dim))
 
 
 def read_embedded(folder: Path) -> EmbeddedSet:
     with np.load(folder / "stats.npz", allow_pickle=False) as file:
-        counts, mean, scatter = file["counts"], file["mean"], file["scatter"]
-    n = int(counts.sum())
-    rows = np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, len(mean)))
-    # Fewer rows than dimensions tell all there is to know of a covariance, and more quickly than it does.
-    return EmbeddedSet(rows, counts, GaussianStats.of(rows) if n <= len(mean) else GaussianStats(n, mean, scatter))
+        counts = file["counts"]
+        n, dim = int(counts.sum()), int(file["dim"])
+        stats = GaussianStats(n, file["mean"], file["scatter"]) if n > dim else None
+    return EmbeddedSet(_rows(folder, n, dim), counts, stats)
 
 
 class AudioSet(SampleSet):
@@ -295,7 +300,8 @@ class AudioSet(SampleSet):
         # Pictures may lie beside sounds, as inference.py leaves them.
         rejects = [(name, why) for name, why in source.rejects if not name.lower().endswith(".png")]
         samples, held, size = [], {}, 0
-        digests = list(in_parallel(_digest, source, num_workers))
+        files = list(portions(source, lambda recording: recording.size, FILES))
+        digests = list(itertools.chain.from_iterable(in_parallel(_digests, files, num_workers)))
         note = None
         if cache_dir is not None:
             what = [
@@ -305,7 +311,7 @@ class AudioSet(SampleSet):
             note = Path(cache_dir, f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json")
         found = _read_note(note) if note else None
         if found is None:
-            scanned = in_parallel(_scan, source, num_workers)
+            scanned = itertools.chain.from_iterable(in_parallel(_scan, files, num_workers))
             bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
             found = []
             for recording, (facts, sound) in zip(source, bar, strict=True):
@@ -395,25 +401,29 @@ def read_sample(sample: Sample, sampling_rate: int) -> np.ndarray:
         raise UserError(f"{sample.name} {error}.") from None
 
 
-def _digest(recording) -> str:
+def _digests(recordings) -> list[str]:
+    return [_digest(recording.audio) for recording in recordings]
+
+
+def _digest(path: Path) -> str:
     try:
-        with recording.audio.open("rb") as file:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"cannot be opened ({error.strerror or error})"
 
 
-def _scan(recording) -> tuple[tuple, np.ndarray | None]:
-    """Reads a file once: (why it cannot be used, seconds, sampling rate, peak), and its sound at that rate."""
-    try:
-        rate = soundfile.info(str(recording.audio)).samplerate
-    except soundfile.SoundFileError:  # ffmpeg's, or damaged, which reading will tell
-        rate = None
-    try:
-        sound = read_audio(recording.audio, rate or 48000)
-    except AudioError as error:
-        return (str(error),), None
-    return (None, len(sound) / (rate or 48000), rate, float(np.abs(sound).max())), sound if rate else None
+def _scan(recordings) -> list[tuple[tuple, np.ndarray | None]]:
+    """Reads each file once: (why it cannot be used, seconds, sampling rate, peak), and its sound at that rate."""
+    found = []
+    for recording in recordings:
+        try:
+            sound, rate = read_unchanged(recording.audio)
+        except AudioError as error:
+            found.append(((str(error),), None))
+        else:
+            found.append(((None, len(sound) / rate, rate, float(max(sound.max(), -sound.min()))), sound))
+    return found
 
 
 def _read_note(note: Path) -> list | None:

@@ -5,14 +5,12 @@ is treats the clips as the independent units, for the rows of one clip resemble 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 
-@dataclass
 class GaussianStats:
     """Number, mean and scatter (sum of squares about the mean) of rows that are never all in memory.
 
@@ -20,24 +18,33 @@ class GaussianStats:
     whole.
     """
 
-    n: int
-    mean: np.ndarray
-    scatter: np.ndarray
-    _cached_factor: np.ndarray | None = field(default=None, repr=False, compare=False)
+    def __init__(self, n: int, mean: np.ndarray, scatter: np.ndarray | None = None, factor: np.ndarray | None = None):
+        self.n, self.mean = n, mean
+        self._scatter, self._factor = scatter, factor  # one of them, or both
 
     @classmethod
     def empty(cls, dim: int) -> "GaussianStats":
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     @classmethod
-    def of(cls, rows: np.ndarray, block: int = 65536) -> "GaussianStats":
+    def of(cls, rows: np.ndarray, block: int | None = None) -> "GaussianStats":
         """The statistics of rows (n, d), which may be a memory map larger than the memory."""
-        stats = cls.empty(rows.shape[1])
-        for start in range(0, len(rows), block):
+        n, dim = rows.shape
+        if 1 < n <= dim:  # the rows themselves are a factor, smaller than any of the covariance
+            rows = np.asarray(rows, np.float64)
+            mean = rows.mean(0)
+            return cls(n, mean, factor=(rows - mean).T / np.sqrt(n - 1))
+        stats, block = cls.empty(dim), block or max(1, 2**24 // dim)
+        for start in range(0, n, block):
             stats.update(rows[start : start + block])
-        if 1 < stats.n <= stats.dim:  # the rows themselves are a factor, smaller than any of the covariance
-            stats._cached_factor = (np.asarray(rows, np.float64) - stats.mean).T / np.sqrt(stats.n - 1)
         return stats
+
+    @property
+    def scatter(self) -> np.ndarray:
+        if self._scatter is None:
+            assert self._factor is not None
+            self._scatter = (self.n - 1) * (self._factor @ self._factor.T)
+        return self._scatter
 
     def update(self, rows: np.ndarray) -> None:
         """Adds rows (n, d) of any precision."""
@@ -50,8 +57,9 @@ class GaussianStats:
         shift = mean - self.mean
         # What `merge` does, with the shift of the means as one more row of the product.
         deviations = np.concatenate([rows - mean, [shift * np.sqrt(self.n * len(rows) / n)]])
-        self.scatter += deviations.T @ deviations
-        self.n, self.mean, self._cached_factor = n, self.mean + shift * (len(rows) / n), None
+        self._scatter = self.scatter
+        self._scatter += deviations.T @ deviations
+        self.n, self.mean, self._factor = n, self.mean + shift * (len(rows) / n), None
 
     def merge(self, other: "GaussianStats") -> "GaussianStats":
         n = self.n + other.n
@@ -74,11 +82,11 @@ class GaussianStats:
     @property
     def factor(self) -> np.ndarray:
         """L with L Lᵀ = covariance, which may be singular; as many columns as it takes."""
-        if self._cached_factor is None:
+        if self._factor is None:
             values, vectors = np.linalg.eigh(self.covariance)
             positive = values > max(values[-1], 0) * np.finfo(np.float64).eps * self.dim
-            self._cached_factor = vectors[:, positive] * np.sqrt(values[positive])
-        return self._cached_factor
+            self._factor = vectors[:, positive] * np.sqrt(values[positive])
+        return self._factor
 
     def eigenvalues(self) -> np.ndarray:
         """Of the covariance, without those that are zero but for rounding."""

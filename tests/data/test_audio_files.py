@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 
-from tonefield.data.audio_files import AudioError, read_audio, read_blocks
+from tonefield.data.audio_files import AudioError, read_audio, read_blocks, read_unchanged
 from tonefield.data.synthetic import synthesize
 
 
@@ -40,6 +40,9 @@ def test_formats(tmp_path, stereo, extension, subtype):
     np.testing.assert_allclose(ours, expected, atol=1e-7)
     np.testing.assert_array_equal(ours, librosa.load(path, sr=None)[0])
     np.testing.assert_array_equal(ours, read_audio(path.read_bytes(), 44100))
+    sound, rate = read_unchanged(path)
+    assert rate == 44100
+    np.testing.assert_array_equal(ours, sound)
     # A lossy file begins and ends a little earlier or later, but it is the same sound.
     assert np.corrcoef(ours[4410:-4410], stereo.mean(1)[4410 : len(ours) - 4410])[0, 1] > 0.99
 
@@ -104,6 +107,12 @@ def test_no_samples(tmp_path):
     for rate in 8000, 16000:
         with pytest.raises(AudioError, match=r"^holds no samples$"):
             read_audio(tmp_path / "a.wav", rate)
+    with pytest.raises(AudioError, match=r"^holds no samples$"):
+        read_unchanged(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "a.wav", np.zeros(1), 44100)  # of which nothing is left at 8 kHz
+    assert len(read_unchanged(tmp_path / "a.wav")[0]) == 1
+    with pytest.raises(AudioError, match=r"^holds no samples$"):
+        read_audio(tmp_path / "a.wav", 8000)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -145,6 +154,7 @@ def test_ffmpeg_reads_the_same_samples(tmp_path, stereo, rate):
     soundfile.write(tmp_path / "sound.wav", stereo, 44100)
     lossless = convert(tmp_path / "sound.wav", tmp_path / "sound.m4a", "-c:a", "alac")
     np.testing.assert_array_equal(read_audio(lossless, rate), read_audio(tmp_path / "sound.wav", rate))
+    assert read_unchanged(lossless)[1] == 44100
 
 
 @needs_ffmpeg

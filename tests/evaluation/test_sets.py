@@ -14,7 +14,7 @@ from tonefield.command_line import UserError
 from tonefield.evaluation import AudioSet
 from tonefield.evaluation import sets as sets_module
 from tonefield.evaluation.embeddings import Embedding
-from tonefield.evaluation.sets import EmbeddedSet, in_parallel
+from tonefield.evaluation.sets import EmbeddedSet, in_parallel, portions
 
 
 class Counting(Embedding):
@@ -153,6 +153,24 @@ def test_sounds_in_memory():
             AudioSet.of([sounds[0], bad], 8000)
 
 
+def test_a_sound_of_one_sample_is_followed_by_silence(tmp_path):
+    soundfile.write(tmp_path / "click.wav", np.array([0.5]), 44100)  # nothing is left of it at 8 kHz
+    np.testing.assert_array_equal(AudioSet.open(tmp_path).embed(Counting()).rows, [[0, 0]])
+
+
+def test_few_rows_are_kept_without_their_scatter(tmp_path):
+    """Two rows of two numbers: the statistics are those of the rows, now and when they are read again."""
+    sounds = [np.full(4000, level, np.float32) for level in (0.25, 0.5)]
+    one = AudioSet.of(sounds, 8000)
+    one.cache_dir = tmp_path
+    for _ in range(2):
+        embedded = one.embed(Counting())
+        np.testing.assert_allclose(embedded.stats.covariance, np.full((2, 2), 0.03125))
+        one._embedded.clear()
+    with np.load(next(tmp_path.rglob("stats.npz"))) as file:
+        assert "scatter" not in file and int(file["dim"]) == 2
+
+
 def test_folders_and_metadata_name_classes_and_captions(folder):
     rows = [{"file_name": "a.wav", "caption": "noise"}, {"file_name": "b.wav", "caption": "hiss"}]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,6 +210,12 @@ def test_threads_keep_the_order_and_do_not_run_far_ahead():
     assert len(taken) < 20
     results.close()
     assert list(in_parallel(str, range(4), 2)) == ["0", "1", "2", "3"]
+
+
+def test_portions_end_when_they_are_full():
+    sizes = [1, 1, 1, 5, 9, 0, 2, 2]
+    assert list(portions(sizes, float, (3, 4))) == [[1, 1, 1], [5], [9], [0, 2, 2]]
+    assert list(portions([2, 2, 2], float, (3, 4))) == [[2, 2], [2]] and not list(portions([], float, (3, 4)))
 
 
 def test_thinning_keeps_every_clip():
