@@ -33,6 +33,7 @@ from typing import Any
 import tonefield
 from tonefield import inference
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.files import write_sound
 from tonefield.pipelines import from_flags
 
 
@@ -220,7 +221,7 @@ def make(model: Model, args: argparse.Namespace, tell: Tell = silent) -> Take:
 def take_of(waveform, rate: int, name: str, title: str, *rest) -> Take:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "sound.wav")
-        inference.write_sound(waveform, rate, file)
+        write_sound(file, waveform, rate)
         return Take(file.read_bytes(), name, title, rate, len(waveform) / rate, *rest)
 
 

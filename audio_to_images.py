@@ -12,6 +12,7 @@ the dataset are stored within it, so no later script asks for them. Files that c
 
 import argparse
 import math
+from pathlib import Path
 
 from tonefield.command_line import UserError, make_parser, parse, run
 from tonefield.data.arguments import (
@@ -20,6 +21,7 @@ from tonefield.data.arguments import (
     add_source_arguments,
     check_arguments,
 )
+from tonefield.files import write_sound
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -128,25 +130,20 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(args)
     converter = MelConverter(mel, source.features, args.pad, args.silence_db, args.loudness, args.save_images)
     settings = {"pad": args.pad, "save_images": args.save_images, "front_end": converter.front_end_settings}
-    result = build_dataset(args, source, converter, settings, "slices")
-    if args.previews:
-        preview(args, mel)
-    end(args, result)
+    add_files = (lambda folder: preview(args, mel, folder)) if args.previews else None
+    end(args, build_dataset(args, source, converter, settings, "slices", add_files))
 
 
-def preview(args: argparse.Namespace, mel) -> None:
+def preview(args: argparse.Namespace, mel, dataset_folder: Path) -> None:
     """Draws slices from all over the dataset, and turns them back into sound to show what the spectrograms hold."""
-    from pathlib import Path
-
-    import soundfile
     import torch
 
     from tonefield.data.loading import load_split
     from tonefield.data.pictures import draw_mels
 
-    folder = Path(args.output_dir, "previews")
+    folder = dataset_folder / "previews"
     folder.mkdir()
-    dataset = load_split(args.output_dir).with_format("torch")
+    dataset = load_split(str(dataset_folder)).with_format("torch")
     count = min(args.previews, len(dataset))
     rows = dataset[[index * len(dataset) // count for index in range(count)]]
     mels = torch.as_tensor(rows["mel"])
@@ -156,8 +153,8 @@ def preview(args: argparse.Namespace, mel) -> None:
     draw_mels(mels[:16], mel, folder / "overview.png", titles)
     for index, sound in enumerate(sounds):
         draw_mels(mels[index : index + 1], mel, folder / f"{index:03d}.png", titles[index : index + 1])
-        soundfile.write(folder / f"{index:03d}.wav", sound.clamp(-1, 1).numpy(), mel.config.sample_rate)
-    print(f"{len(sounds)} slices drawn and turned back into sound in {folder}")
+        write_sound(folder / f"{index:03d}.wav", sound.clamp(-1, 1).numpy(), mel.config.sample_rate)
+    print(f"{len(sounds)} slices drawn and turned back into sound in {Path(args.output_dir, 'previews')}")
 
 
 if __name__ == "__main__":

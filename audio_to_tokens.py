@@ -12,6 +12,7 @@ are listed in `rejects.jsonl`.
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
@@ -21,6 +22,7 @@ from tonefield.data.arguments import (
     add_source_arguments,
     check_arguments,
 )
+from tonefield.files import write_sound, writing
 
 
 PREVIEW_SECONDS = 20
@@ -83,6 +85,7 @@ def open_codec(args: argparse.Namespace):
 
 def main(args: argparse.Namespace) -> None:
     from tonefield.data.building import build_dataset, end, open_source
+    from tonefield.data.dataset_builder import RESUME
     from tonefield.data.loading import CODEC_FOLDER
     from tonefield.data.token_converter import TokenConverter
 
@@ -92,35 +95,34 @@ def main(args: argparse.Namespace) -> None:
         codec, source.features, args.silence_db, args.loudness, args.batch_size, args.chunk_seconds
     )
     settings = {"batch_size": args.batch_size, "chunk_seconds": args.chunk_seconds, "codec": converter.codec_record}
-    result = build_dataset(
-        args, source, converter, settings, "recordings", lambda folder: codec.save_pretrained(folder / CODEC_FOLDER)
-    )
-    if args.previews:
-        preview(args, codec)
-    end(args, result)
+
+    def add_files(folder: Path) -> None:
+        with writing(folder / CODEC_FOLDER, RESUME):
+            codec.save_pretrained(folder / CODEC_FOLDER)
+        if args.previews:
+            preview(args, codec, folder)
+
+    end(args, build_dataset(args, source, converter, settings, "recordings", add_files))
 
 
-def preview(args: argparse.Namespace, codec) -> None:
+def preview(args: argparse.Namespace, codec, dataset_folder: Path) -> None:
     """Turns rows from all over the dataset back into sound, which shows what the codec keeps."""
-    from pathlib import Path
-
-    import soundfile
     import torch
 
     from tonefield.data.loading import load_split
     from tonefield.data.pictures import draw_sounds
 
-    folder = Path(args.output_dir, "previews")
+    folder = dataset_folder / "previews"
     folder.mkdir()
-    dataset = load_split(args.output_dir)
+    dataset = load_split(str(dataset_folder))
     count, frames = min(args.previews, len(dataset)), codec.num_frames(PREVIEW_SECONDS * codec.sampling_rate)
     for index in range(count):
         row = dataset[index * len(dataset) // count]
         codes = torch.tensor(row["codes"])[None, :, :frames].to(codec.device)
         sound = codec.decode(codes)[0, : row["num_samples"]].clamp(-1, 1).cpu()
         draw_sounds(sound[None], codec.sampling_rate, folder / f"{index:03d}.png", [row["audio_path"]])
-        soundfile.write(folder / f"{index:03d}.wav", sound.numpy(), codec.sampling_rate)
-    print(f"{count} recordings drawn and turned back into sound in {folder}")
+        write_sound(folder / f"{index:03d}.wav", sound.numpy(), codec.sampling_rate)
+    print(f"{count} recordings drawn and turned back into sound in {Path(args.output_dir, 'previews')}")
 
 
 if __name__ == "__main__":

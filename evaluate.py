@@ -19,6 +19,7 @@ from typing import Any
 from tonefield.command_line import UserError, make_parser, parse, printable, run
 from tonefield.evaluation.arguments import add_num_workers
 from tonefield.evaluation.metrics import EMBEDDINGS, METRICS, Options, run_metrics
+from tonefield.files import write_text
 
 
 # Sub-commands: the module of tonefield.evaluation that has `add_arguments(parser)` and `main(args)`, and what it does.
@@ -188,7 +189,7 @@ def compare(args: argparse.Namespace) -> None:
         from tonefield.evaluation.report import write_report
 
         # Not a number has no place in JSON.
-        Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        write_text(Path(args.out), json.dumps(report, indent=1, allow_nan=False))
         page = Path(args.out).with_suffix(".html")
         write_report(report, generated, references, page, args.samples)
         print(f"the report is in {args.out}, with plots and sounds in {page}")

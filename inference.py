@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.files import claim, write_sound, write_text, writing
 from tonefield.pipelines.from_flags import (
     DEFAULT_MODEL,
     SOLVERS,
@@ -215,20 +216,6 @@ def finish(waveform, rate: int, args: argparse.Namespace):
     return waveform.astype(np.float32)
 
 
-def write_sound(waveform, rate: int, file: Path) -> str:
-    """Writes a file whole or not at all, and returns its checksum."""
-    import soundfile
-
-    unfinished = file.with_name(f".{file.name}")
-    try:
-        soundfile.write(unfinished, waveform, rate, format=file.suffix[1:].upper())
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{file} cannot be written: {first_line(error)}") from None
-    checksum = hashlib.sha256(unfinished.read_bytes()).hexdigest()
-    unfinished.replace(file)
-    return checksum
-
-
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides how the sounds sound, so far as flags do."""
     settings = {name: value for name, value in vars(args).items() if value is not None and name not in PLACES}
@@ -252,15 +239,16 @@ def lines_so_far(folder: Path, common: dict) -> dict[int, dict]:
     """What earlier starts of the same run have finished, by index."""
     done = {}
     for file in [*folder.glob("manifest.jsonl"), *folder.glob("manifest.part-*.jsonl")]:
-        for text in file.read_text(encoding="utf-8").splitlines():
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(text)
-            except ValueError:
+                line = dict(json.loads(text))
+                sound, index = folder / line["file_name"], line["index"]
+            except (ValueError, TypeError, KeyError):
                 continue  # empty, or cut off when the run was stopped
             if {name: line.get(name) for name in common} != common:
                 raise UserError(f"{folder} holds sounds of another run: choose another --output_dir.")
-            if (folder / line["file_name"]).is_file():
-                done[line["index"]] = line
+            if sound.is_file() and sound.with_suffix(".png").is_file():
+                done[index] = line
     return done
 
 
@@ -314,6 +302,7 @@ def main(args: argparse.Namespace) -> None:
     mark = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.output_dir or Path("sounds", f"{common['model'].split('/')[-1]}-{mark}"))
     folder.mkdir(parents=True, exist_ok=True)
+    lock = claim(folder) if state.is_main_process else None
     done = lines_so_far(folder, common)
     missing = {sound.index for sound in sounds} - set(done)
     if wanted is not None:
@@ -341,18 +330,19 @@ def main(args: argparse.Namespace) -> None:
                     continue
                 file = folder / f"{sound.index:0{digits}d}.{args.output_format}"
                 finished = finish(waveform, rate, args)
+                write_sound(file, finished, rate)
+                checksum = hashlib.sha256(file.read_bytes()).hexdigest()
                 line = {"file_name": file.name, "index": sound.index, "seed": sound.seed, "prompt": sound.prompt,
-                        "class_label": sound.class_label, "sha256": write_sound(finished, rate, file)}  # fmt: skip
-                save_spectrogram(finished, rate, file.with_suffix(".png"))
-                manifest.write(json.dumps(line | common) + "\n")
-                manifest.flush()
+                        "class_label": sound.class_label, "sha256": checksum}  # fmt: skip
+                with writing(folder):
+                    save_spectrogram(finished, rate, file.with_suffix(".png"))
+                    manifest.write(json.dumps(line | common) + "\n")
+                    manifest.flush()
             bar.update(sum(sound.index in missing for sound in batch) * state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
         done = lines_so_far(folder, common)
-        unfinished = folder / ".manifest.jsonl"
-        unfinished.write_text("".join(json.dumps(done[index]) + "\n" for index in sorted(done)), encoding="utf-8")
-        unfinished.replace(folder / "manifest.jsonl")
+        write_text(folder / "manifest.jsonl", "".join(json.dumps(done[index]) + "\n" for index in sorted(done)))
         for part in folder.glob("manifest.part-*.jsonl"):
             part.unlink()
         titles = [sounds[index].title for index in sorted(done)]
@@ -365,6 +355,8 @@ def main(args: argparse.Namespace) -> None:
         for line in wanted or []:
             same = done[line["index"]]["sha256"] == line["sha256"]
             print(f"{done[line['index']]['file_name']}: {'the same, bit for bit' if same else 'not the same bits'}")
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import shutil
 from pathlib import Path
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.files import write_sound, write_text, writing
 from tonefield.training.arguments import (
     add_data_arguments,
     add_training_arguments,
@@ -155,7 +156,6 @@ def measure(codec, recordings, mel) -> tuple[dict[str, float], list[tuple]]:
 
 def show(pairs: list[tuple], mel, folder: Path, step: int, trackers: list) -> None:
     """Originals and what became of them: as WAV, side by side in one picture, and in the trackers."""
-    import soundfile
     import torch
     from torch.nn.functional import pad
 
@@ -172,8 +172,8 @@ def show(pairs: list[tuple], mel, folder: Path, step: int, trackers: list) -> No
     draw_mels(mels, mel, picture, titles)
     sounds = [estimate.clamp(-1, 1).numpy() for _, estimate in pairs]
     for index, (target, _) in enumerate(pairs):
-        soundfile.write(folder / f"original-{index}.wav", target.numpy(), rate)
-        soundfile.write(folder / f"step-{step:07d}-{index}.wav", sounds[index], rate)
+        write_sound(folder / f"original-{index}.wav", target.numpy(), rate)
+        write_sound(folder / f"step-{step:07d}-{index}.wav", sounds[index], rate)
     for tracker in trackers:
         track(tracker, picture, sounds, rate, step)
 
@@ -181,7 +181,7 @@ def show(pairs: list[tuple], mel, folder: Path, step: int, trackers: list) -> No
 def write_codec(args, folder: Path, codec, about: dict) -> None:
     """The codec, a card, and how it was made."""
     codec.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"flags": vars(args)} | about, indent=1, default=str))
+    write_text(folder / "training.json", json.dumps({"flags": vars(args)} | about, indent=1, default=str))
     card = f"""---
 tags: [tonefield, audio, codec]
 ---
@@ -199,13 +199,14 @@ waveform = codec.decode(codes)
 ```
 """
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
 
 
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
     codec = make_codec(args)  # refused before any recording is read
 
+    from tonefield.training.checkpoints import CONTINUE
     from tonefield.training.loop import make_accelerator, train
     from tonefield.training.publishing import find_repository, publish_folder, settings_of
     from tonefield.training.recordings import open_audio
@@ -248,7 +249,8 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(folder / ".audio")
         if trained is not None:
-            write_codec(args, folder, trained, about)
+            with writing(folder, CONTINUE):
+                write_codec(args, folder, trained, about)
             print(f"the codec is in {folder}")
             if args.push_to_hub:
                 publish_folder(folder, repository)

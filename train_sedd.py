@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.files import write_text, writing
 from tonefield.training.arguments import (
     add_data_arguments,
     add_text_arguments,
@@ -354,6 +355,7 @@ def held_out_sounds(data):
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
+    from tonefield.training.checkpoints import CONTINUE
     from tonefield.training.loop import make_accelerator, train
     from tonefield.training.publishing import find_repository, publish, settings_of
     from tonefield.training.text import open_text_encoder
@@ -397,9 +399,10 @@ def main(args: argparse.Namespace) -> None:
     )
     if trained is not None and accelerator.is_main_process:
         pipeline = make_pipeline(args, accelerator, trained, scheduler, data, (tokenizer, encoder))
-        pipeline.save_pretrained(folder)
+        with writing(folder, CONTINUE):
+            pipeline.save_pretrained(folder)
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
-        (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
+        write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         print(f"the pipeline is in {folder}")
         if repository is not None:
             publish(pipeline, folder, repository)

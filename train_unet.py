@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, first_line, make_parser, parse, run
+from tonefield.files import write_text, writing
 from tonefield.training.arguments import (
     add_data_arguments,
     add_text_arguments,
@@ -379,6 +380,7 @@ def held_out_sounds(args, accelerator, data, vae):
 def main(args: argparse.Namespace) -> None:
     folder = prepare_output_dir(args.output_dir)
 
+    from tonefield.training.checkpoints import CONTINUE
     from tonefield.training.data import open_data
     from tonefield.training.latents import encode_on_the_fly, open_vae_of_latents
     from tonefield.training.loop import make_accelerator, train
@@ -444,16 +446,18 @@ def main(args: argparse.Namespace) -> None:
     result = train(args, accelerator, unet, data, loss, generate, fixed)
     if result is not None and accelerator.is_main_process:
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
-        (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
+        write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         text = (tokenizer, encoder)
         pipeline = make_pipeline(args, accelerator, result, scheduler, data, steps, vae, text, pretrained)
         if args.lora_rank is not None:
-            write_lora(args, result, pipeline.config.card, folder, repository)
+            with writing(folder, CONTINUE):
+                write_lora(args, result, pipeline.config.card, folder, repository)
             print(f"the LoRA is in {folder}: pipe.load_lora_weights({str(folder)!r})")
             if repository is not None:
                 publish_folder(folder, repository)
         else:
-            pipeline.save_pretrained(folder)
+            with writing(folder, CONTINUE):
+                pipeline.save_pretrained(folder)
             print(f"the pipeline is in {folder}")
             if repository is not None:
                 publish(pipeline, folder, repository)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tonefield.command_line import UserError, make_parser, parse, run
+from tonefield.files import write_text, writing
 from tonefield.training.arguments import (
     add_data_arguments,
     add_training_arguments,
@@ -271,7 +272,8 @@ def write_card(args, folder: Path, vae, quality: dict) -> None:
     name = args.hub_model_id or folder.resolve().name
     dataset = Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name
     measured = "".join(f"| held out: {key.replace('_db', '')} | {value:.2f} dB |\n" for key, value in quality.items())
-    card.write_text(
+    write_text(
+        card,
         f"---\n{ModelCardData(library_name='diffusers', tags=['diffusers', 'tonefield', 'audio']).to_yaml()}\n---\n\n"
         f"{CARD_MARK}\n\n# {name.split('/')[-1]}\n\n"
         "An `AutoencoderKL` of mel spectrograms, with the front end that makes them.\n\n"
@@ -279,7 +281,6 @@ def write_card(args, folder: Path, vae, quality: dict) -> None:
         "```python\nfrom diffusers import AutoencoderKL\nfrom tonefield import MelSpectrogram\n\n\n"
         f'vae = AutoencoderKL.from_pretrained("{name}", subfolder="vae")\n'
         f'mel = MelSpectrogram.from_pretrained("{name}", subfolder="mel")\n```\n',
-        encoding="utf-8",
     )
 
 
@@ -289,6 +290,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from tonefield.training.autoencoder import measure_reconstruction
+    from tonefield.training.checkpoints import CONTINUE
     from tonefield.training.data import open_data
     from tonefield.training.latents import cache_latents, check_cache_folder, latent_shape, measure_latents
     from tonefield.training.loop import make_accelerator, train
@@ -336,11 +338,12 @@ def main(args: argparse.Namespace) -> None:
         latents = measure_latents(trained, accelerator, data, args.train_batch_size)
         vae = finish(trained, latents)
         quality = measure_reconstruction(vae, mel, accelerator, data, args.train_batch_size)
-        vae.save_pretrained(folder / "vae")
-        mel.save_pretrained(folder / "mel")
-        write_card(args, folder, vae, quality)
+        with writing(folder, CONTINUE):
+            vae.save_pretrained(folder / "vae")
+            mel.save_pretrained(folder / "mel")
+            write_card(args, folder, vae, quality)
         about = {"flags": vars(args), "latents": latents, "held_out": quality} | fixed
-        (folder / "training.json").write_text(json.dumps(about, indent=1, default=str))
+        write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         measured = "".join(f", {key.replace('_db', '')} {value:.2f} dB" for key, value in quality.items())
         print(f"the autoencoder is in {folder}{measured and ' (held out' + measured.replace(',', ':', 1) + ')'}")
         if args.cache_latents:

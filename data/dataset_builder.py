@@ -23,13 +23,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import DatasetInfo, Features
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError
 from tonefield.data.audio_folder import AudioColumn, AudioFolder, Recording
+from tonefield.files import claim, sync, write_text, writing
 
 
+DATASET_NOTE = "dataset_dict.json"
+RESUME = "run the same command with --resume"
 PART_RECORDINGS = 256
 PART_BYTES = (2**20, 2**26)  # at least and at most, on disk; between them, as many as make 64 parts
 
@@ -174,37 +176,37 @@ class DatasetBuilder:
         self.output_dir = Path(output_dir).resolve()
         self.work = self.output_dir.with_name(self.output_dir.name + ".partial")
         self.settings = json.loads(json.dumps(settings))
-        if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
-            raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
         plan = self.work / "plan.json"
+        # A run that was killed when the dataset had taken its place, but what it was made of was not yet removed.
+        complete = resume and plan.exists() and (self.output_dir / DATASET_NOTE).exists()
+        if not complete and self.output_dir.exists() and (
+            not self.output_dir.is_dir() or any(self.output_dir.iterdir())
+        ):  # fmt: skip
+            raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.work / "lock")
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(f"Another run is writing {output_dir} right now.") from None
+            self._lock = claim(self.work)
         except OSError as error:
             raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
         begun = plan.exists() and any(self.work.glob("*-*.json"))  # at least one part is finished
         if begun and not resume:
             raise UserError(f"{self.work} holds an unfinished run: add --resume to finish it, or delete that folder.")
         if begun:
-            self._check_settings(json.loads(plan.read_text()))
+            self._check_settings(plan)
         else:
-            self._write(plan, json.dumps(self.settings))
+            write_text(plan, json.dumps(self.settings))
 
-    def _check_settings(self, before: dict) -> None:
+    def _check_settings(self, plan: Path) -> None:
+        try:
+            before = dict(json.loads(plan.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{plan} is damaged: delete {self.work} and start again.") from None
         for name in before.keys() | self.settings.keys():
             if before.get(name) != self.settings.get(name):
                 raise UserError(
                     f"The unfinished run in {self.work} had {name} = {before.get(name)}, this one has"
                     f" {self.settings.get(name)}: use the same, or delete that folder."
                 )
-
-    def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
 
     # ----- parts
 
@@ -257,7 +259,7 @@ class DatasetBuilder:
                 stop.set()
                 for future in running:
                     future.cancel()
-                kept = f"{len(done)} parts are finished and kept in {self.work}: run the same command with --resume"
+                kept = f"{len(done)} parts are finished and kept in {self.work}: {RESUME}"
                 if isinstance(error, OSError):
                     raise UserError(f"The run was stopped: {error.strerror or error}. {kept}.") from None
                 if isinstance(error, KeyboardInterrupt):
@@ -274,12 +276,16 @@ class DatasetBuilder:
         return hashlib.sha256(json.dumps(names, default=str).encode()).hexdigest()
 
     def _finished(self, part: Part) -> Part | None:
-        """What an earlier run counted in this part, if it completed it."""
-        _, note = self._paths(part)
-        if not note.exists():
+        """What an earlier run counted in this part, if it completed it and nothing has happened to it since."""
+        arrow, note = self._paths(part)
+        try:
+            counted = json.loads(note.read_text(encoding="utf-8"))
+            digest, size = counted.pop("recordings"), counted.pop("bytes")
+            if size != arrow.stat().st_size:
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        counted = json.loads(note.read_text(encoding="utf-8"))
-        if counted.pop("recordings") != self._digest(part):
+        if digest != self._digest(part):
             raise UserError(
                 f"The recordings have changed since the unfinished run in {self.work} (near"
                 f" {part.recordings[0].name}): delete that folder and start again."
@@ -304,11 +310,13 @@ class DatasetBuilder:
                 part.rows += len(table)
                 if part.rows == part.limit:
                     break
+        sync(temporary)
         os.replace(temporary, arrow)
         counted = {
             name: value for name, value in vars(part).items() if name not in ("recordings", "limit", "on_seconds")
         }
-        self._write(note, json.dumps(counted | {"recordings": self._digest(part)}))
+        about = {"recordings": self._digest(part), "bytes": arrow.stat().st_size}
+        write_text(note, json.dumps(counted | about), RESUME)
         return part
 
     # ----- the dataset
@@ -339,7 +347,20 @@ class DatasetBuilder:
 
         `add_files` puts more into that folder before.
         """
-        dataset = self.work / "dataset"
+        if not (self.output_dir / DATASET_NOTE).exists():
+            dataset = self.work / "dataset"
+            with writing(self.output_dir, RESUME):
+                self._assemble(dataset, parts, result, features)
+            if add_files is not None:
+                add_files(dataset)
+            with writing(self.output_dir, RESUME):
+                sync(dataset)
+                if self.output_dir.exists():
+                    self.output_dir.rmdir()
+                os.replace(dataset, self.output_dir)
+        self.discard()
+
+    def _assemble(self, dataset: Path, parts: list[Part], result: Result, features: Features) -> None:
         shutil.rmtree(dataset, ignore_errors=True)
         splits = [split for split in ("train", "validation", "test") if result.rows.get(split)]
         for split in splits:
@@ -357,20 +378,15 @@ class DatasetBuilder:
                 "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
                 "_split": split,
             }  # fmt: skip
-            self._write(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
-        self._write(dataset / "dataset_dict.json", json.dumps({"splits": splits}))
+            (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+        (dataset / DATASET_NOTE).write_text(json.dumps({"splits": splits}))
         write_rejects(dataset / "rejects.jsonl", result.rejects)
-        if add_files is not None:
-            add_files(dataset)
-        if self.output_dir.exists():
-            self.output_dir.rmdir()
-        os.replace(dataset, self.output_dir)
-        self.discard()
 
     def discard(self) -> None:
         """Removes what the run kept for being taken up again."""
-        self._lock.release()
         shutil.rmtree(self.work, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
 
 
 def write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:

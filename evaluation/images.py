@@ -19,6 +19,7 @@ from typing import Any
 
 from tonefield.command_line import UserError, printable
 from tonefield.evaluation.arguments import add_num_workers
+from tonefield.files import write_text
 
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -133,5 +134,5 @@ def main(args: argparse.Namespace) -> None:
             "warnings": warnings,
         }
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        write_text(Path(args.out), json.dumps(report, indent=1, allow_nan=False))
         print(f"the report is in {args.out}")

@@ -27,6 +27,7 @@ from tonefield.evaluation.recordings import (
     open_source,
     read_recordings,
 )
+from tonefield.files import write_text
 
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def main(args: argparse.Namespace) -> None:
         flags = {name: value for name, value in vars(args).items() if not callable(value)}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": flags} | result | {"names": names}, indent=1)
-        Path(args.out).write_text(text, encoding="utf-8")
+        write_text(Path(args.out), text)
         print(f"all numbers are in {args.out}")
 
 

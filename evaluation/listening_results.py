@@ -20,6 +20,7 @@ import numpy as np
 
 from tonefield.command_line import UserError, first_line
 from tonefield.evaluation.listening_test import ANCHOR, KEY_FORMAT
+from tonefield.files import write_text
 
 
 RESULT_FORMAT = "tonefield listening result"
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         with out.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
             rows = results["systems" if results["type"] == "mos" else "pairs"]
             writer = csv.DictWriter(file, list(_flat(rows[0])))

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from tonefield.command_line import UserError
+from tonefield.files import write_text
 
 
 PAGES = Path(__file__).parent / "pages"
@@ -283,8 +284,8 @@ def make_listening_test(
     }
     out.mkdir(parents=True, exist_ok=True)
     key_file.parent.mkdir(parents=True, exist_ok=True)
-    key_file.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "index.html").write_text(page, encoding="utf-8")
+    write_text(key_file, json.dumps(key, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "index.html", page)
     return key
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tonefield.files import write_text
+
 
 if TYPE_CHECKING:
     from tonefield.evaluation.sets import AudioSet, Sample
@@ -65,7 +67,7 @@ def write_report(
     }
     template = (PAGES / "report.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(Path(path), page)
 
 
 # ----- Words and numbers

@@ -29,6 +29,7 @@ from tonefield.command_line import UserError, first_line
 from tonefield.evaluation.arguments import add_num_workers
 from tonefield.evaluation.metrics import METRICS, Options, check_metrics
 from tonefield.evaluation.recordings import check_positive
+from tonefield.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -321,7 +322,7 @@ def benchmark(pipe: Any, args: argparse.Namespace, options: Options) -> dict[str
                 if args.metrics:
                     cell["metrics"] = quality_of(sounds, rate, columns, references, embeddings, args, options)
                 report["cells"].append(cell)
-                (folder / "sampling.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+                write_text(folder / "sampling.json", json.dumps(report, indent=1))
     for reason in report["left_out"]:
         print(f"left out: {reason}", file=sys.stderr)
     if not report["cells"]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from tonefield.command_line import UserError
 from tonefield.data.audio_files import AudioError, read_audio, read_unchanged
 from tonefield.evaluation.statistics import GaussianStats
+from tonefield.files import claim, sync, writing
 
 
 if TYPE_CHECKING:
@@ -213,16 +215,21 @@ class SampleSet:
                 folder = Path(self._scratch.name, key)
             else:
                 folder = Path(self.cache_dir, key)
-            if not (folder / "stats.npz").is_file():
+            try:
+                self._embedded[key] = read_embedded(folder)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+                shutil.rmtree(folder, ignore_errors=True)
                 self._compute(embedding, batch_size, folder, what)
-            self._embedded[key] = read_embedded(folder)
+                self._embedded[key] = read_embedded(folder)
         return self._embedded[key]
 
     def _compute(self, embedding: "Embedding", batch_size: int, folder: Path, what: list) -> None:
         """Writes rows as they come, so that memory does not grow with the set; the folder is complete or not there."""
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(folder.parent)
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+            lock = claim(partial)
         except OSError as error:
             raise UserError(f"--cache_dir {folder.parent} cannot be written: {error.strerror}.") from None
         try:
@@ -235,7 +242,9 @@ class SampleSet:
                         bad = next(i for i, of in enumerate(rows) if not np.isfinite(of).all())
                         name = self.samples[len(counts) + bad].name
                         raise UserError(f"{embedding.name} makes numbers that are not finite of {name}.")
-                    file.write(joined.tobytes())
+                    with writing(folder.parent):
+                        file.write(joined.tobytes())
+                        file.flush()
                     counts += map(len, rows)
             about = json.dumps({"what": what, "resampler": RESAMPLER, "embedding": embedding.name})
             kept: dict[str, Any] = {"counts": counts, "dim": embedding.dim, "about": about}
@@ -243,13 +252,18 @@ class SampleSet:
             if sum(counts) > embedding.dim:
                 stats = GaussianStats.of(_rows(partial, sum(counts), embedding.dim))
                 kept |= {"mean": stats.mean, "scatter": stats.scatter}
-            np.savez(partial / "stats.npz", **kept)
+            with writing(folder.parent):
+                np.savez(partial / "stats.npz", **kept)
+                (partial / ".lock").unlink()
+                sync(partial)
             try:
                 partial.rename(folder)
             except OSError:  # another process was faster
                 if not (folder / "stats.npz").is_file():
                     raise
         finally:
+            if lock is not None:
+                lock.close()
             shutil.rmtree(partial, ignore_errors=True)
 
     def _groups(self) -> Iterator[list[Sample]]:
@@ -265,6 +279,18 @@ class SampleSet:
 
 def _rows(folder: Path, n: int, dim: int) -> np.ndarray:
     return np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, dim))
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Removes what runs that were killed have left half written: what no run claims."""
+    for partial in cache.glob(".partial-*/.lock"):
+        try:
+            lock = claim(partial.parent)
+        except (UserError, FileNotFoundError):  # another run is at it, or has just come to its end
+            continue
+        if lock is not None:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+            lock.close()
 
 
 def read_embedded(folder: Path) -> EmbeddedSet:
@@ -309,7 +335,7 @@ class AudioSet(SampleSet):
                 *((Path(recording.name).suffix, of) for recording, of in zip(source, digests, strict=True)),
             ]
             note = Path(cache_dir, f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json")
-        found = _read_note(note) if note else None
+        found = _read_note(note, len(digests)) if note else None
         if found is None:
             scanned = itertools.chain.from_iterable(in_parallel(_scan, files, num_workers))
             bar = tqdm(scanned, f"reading {folder}", len(source), unit="file", disable=None, leave=False)
@@ -426,11 +452,12 @@ def _scan(recordings) -> list[tuple[tuple, np.ndarray | None]]:
     return found
 
 
-def _read_note(note: Path) -> list | None:
+def _read_note(note: Path, count: int) -> list | None:
     try:
-        return json.loads(note.read_text())
+        facts = json.loads(note.read_text())
     except (OSError, ValueError):
         return None
+    return facts if isinstance(facts, list) and len(facts) == count else None
 
 
 def _write_note(note: Path, facts: list) -> None:

@@ -30,6 +30,7 @@ from tonefield.evaluation.recordings import (
     read_recordings,
     usual_rate,
 )
+from tonefield.files import write_text
 
 
 if TYPE_CHECKING:
@@ -388,5 +389,5 @@ def main(args: argparse.Namespace) -> None:
     model.register_to_config(card=card)
     model.save_pretrained(args.output_dir)
     about = {"flags": {name: value for name, value in vars(args).items() if not callable(value)}} | card
-    Path(args.output_dir, "training.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_text(Path(args.output_dir, "training.json"), json.dumps(about, indent=1))
     print(f"the classifier is in {args.output_dir}")

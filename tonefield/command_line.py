@@ -91,7 +91,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except UserError as error:
         sys.exit(f"error: {printable(error)}")
     except OSError as error:  # a full disk, a missing permission
-        sys.exit(printable(f"error: {error.filename or 'the operating system'}: {error.strerror or error}"))
+        folder = getattr(args, "output_dir", None) or getattr(args, "out", None)
+        where = error.filename or folder or "the operating system"
+        sys.exit(printable(f"error: {where}: {error.strerror or error}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

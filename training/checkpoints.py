@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
+from tonefield.files import replace_folder, writing
 from tonefield.training.lora import has_adapter, restore_lora, save_lora
 
 
@@ -25,6 +27,7 @@ logger = get_logger(__name__)
 
 FORMAT = "tonefield-checkpoint"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONTINUE = "continue with --resume_from_checkpoint latest"
 
 
 class DamagedCheckpoint(Exception):
@@ -69,25 +72,27 @@ class Checkpoints:
         """Every process calls this; when it returns, `checkpoint-<step>` is complete, and old ones are gone."""
         accelerator, final = self.accelerator, self.folder / f"checkpoint-{step}"
         partial = self.folder / f".checkpoint-{step}.partial"
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            content = {"format": FORMAT, "step": step, **state, "files": checksums(partial)}
-            (partial / "state.json").write_text(json.dumps(content, indent=1))
-            if final.exists():  # a damaged one that was skipped, or the run begins anew
-                shutil.rmtree(final)
-            partial.rename(final)
-            self._prune()
-        accelerator.wait_for_everyone()
+        with writing(final, CONTINUE):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                content = {"format": FORMAT, "step": step, **state, "files": checksums(partial)}
+                content["checksum"] = checksum_of(content)
+                (partial / "state.json").write_text(json.dumps(content, indent=1))
+                replace_folder(partial, final)  # what has the name was damaged and skipped, or the run goes over it
+                self._prune(step)
+            accelerator.wait_for_everyone()
         return final
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Keeps the newest ones up to `step`. Later ones, which are damaged or given up, count for nothing."""
         if self.limit is not None:
-            for old in list_checkpoints(self.folder)[: -self.limit]:
+            so_far = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
+            for old in so_far[: -self.limit]:
                 shutil.rmtree(old)
 
     def restore(self, folder: Path) -> None:
@@ -112,7 +117,10 @@ class Best:
         self.note = self.folder / "best.json"
         if anew:
             shutil.rmtree(self.folder, ignore_errors=True)
-        known = json.loads(self.note.read_text()) if self.note.is_file() else {}
+        try:
+            known = json.loads(self.note.read_text())
+        except (OSError, ValueError):  # not there, or damaged: the next one is better
+            known = {}
         # What was the best by another metric says nothing about this one.
         self.rank = (known["stage"], -known[metric]) if metric in known else (-1, -math.inf)
 
@@ -121,24 +129,35 @@ class Best:
         if not math.isfinite(loss) or (stage, -loss) <= self.rank:
             return
         partial = self.folder.with_name(".best.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        network.save_pretrained(partial / self.name, max_shard_size="1TB")
-        note = {"step": step, self.metric: loss, "stage": stage}
-        (partial / self.note.name).write_text(json.dumps(note))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        partial.rename(self.folder)
+        with writing(self.folder, CONTINUE):
+            shutil.rmtree(partial, ignore_errors=True)
+            network.save_pretrained(partial / self.name, max_shard_size="1TB")
+            note = {"step": step, self.metric: loss, "stage": stage}
+            (partial / self.note.name).write_text(json.dumps(note))
+            replace_folder(partial, self.folder)
         self.rank = stage, -loss
 
     def restore(self, network) -> None:
         """Gives a network the best weights, if there was a validation."""
         if self.note.is_file():
-            network.load_state_dict(load_file(self.folder / self.name / WEIGHTS))
+            try:
+                weights = load_file(self.folder / self.name / WEIGHTS)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{self.folder} is damaged: {first_line(error)}. Delete it and {CONTINUE}, to publish what was"
+                    " trained last."
+                ) from None
+            network.load_state_dict(weights)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of an output folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(found, key=step_of)
 
 
 def fingerprint_of(model: torch.nn.Module, *settings: Any) -> str:
@@ -161,15 +180,21 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
+def checksum_of(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def read_state(folder: Path) -> dict:
     """The state in a checkpoint, after every file of it was compared with its checksum."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        files = state["files"]
+        files = dict(state["files"])
     except OSError as error:
         raise DamagedCheckpoint(f"state.json cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise DamagedCheckpoint("state.json is not what a training run writes") from None
+    if state.pop("checksum", None) not in (None, checksum_of(state)):  # earlier versions wrote none
+        raise DamagedCheckpoint("state.json is not what was written")
     there = checksums(folder)
     for name, digest in files.items():
         if there.get(name) != digest:
@@ -182,7 +207,7 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Path, dict] | None:
     The checkpoint to continue from and its state.
 
     `resume` is a path, where damage is an error, or `"latest"`: the newest one of `folder` that is whole. If there is
-    none the run begins at step 0, as the first start of a job that is resubmitted until it ends.
+    no checkpoint at all the run begins at step 0, as the first start of a job that is resubmitted until it ends.
     """
     if resume != "latest":
         path = Path(resume)
@@ -200,6 +225,8 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Path, dict] | None:
             return path, read_state(path)
         except DamagedCheckpoint as damage:
             logger.warning(f"The checkpoint {path} is damaged and skipped: {damage}.")
+    if list_checkpoints(folder):
+        raise UserError(f"All checkpoints in {folder} are damaged: delete them to begin at step 0.")
     logger.warning(f"There is no checkpoint in {folder}: the run begins at step 0.")
     return None
 

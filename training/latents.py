@@ -7,7 +7,6 @@ autoencoder; the folder holds the autoencoder and the mel front end themselves.
 
 import itertools
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from huggingface_hub import snapshot_download
 
 from tonefield.command_line import UserError, first_line
 from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
+from tonefield.files import replace_folder
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.checkpoints import fingerprint_of
 from tonefield.training.data import LATENT_COLUMNS, EndlessRows, ReadMels, TrainingData, open_split
@@ -105,7 +105,10 @@ def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSp
         scaled = (posterior.mean - shift) * scale, posterior.std * scale
         return {name: x.half().cpu().numpy() for name, x in zip(LATENT_COLUMNS, scaled, strict=True)}
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    work.mkdir()
+    try:
         splits = {}
         for split in split_names(args.dataset_name, args.dataset_config_name):
             rows = open_split(args, split)
@@ -127,8 +130,9 @@ def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSp
         datasets.DatasetDict(splits).save_to_disk(done)
         vae.save_pretrained(done / "vae")
         mel.save_pretrained(done / "mel")
-        shutil.rmtree(folder)
-        done.rename(folder)
+        replace_folder(done, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     print(f"the latents are in {args.cache_latents}: {counts}")
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,15 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError, first_line
-from tonefield.training.checkpoints import Best, Checkpoints, check_same_run, find_checkpoint, list_checkpoints
+from tonefield.files import claim, tidy, write_text, writing
+from tonefield.training.checkpoints import (
+    CONTINUE,
+    Best,
+    Checkpoints,
+    check_same_run,
+    find_checkpoint,
+    list_checkpoints,
+)
 from tonefield.training.data import Data, Shares
 from tonefield.training.randomness import derive_seed, make_generators
 
@@ -46,6 +55,11 @@ def make_accelerator(args) -> Accelerator:
         accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
     ):  # accelerate would compute in float32
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
+    if accelerator.is_main_process:
+        if (lock := claim(Path(args.output_dir))) is not None:
+            weakref.finalize(accelerator, lock.close)
+        tidy(Path(args.output_dir))
+    accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -293,7 +307,7 @@ def train(
     def report(values: dict[str, float]) -> None:
         accelerator.log(values, step=step)
         if accelerator.is_main_process:
-            with (folder / "metrics.jsonl").open("a") as file:
+            with writing(folder / "metrics.jsonl", CONTINUE), (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
             if args.test or not sys.stderr.isatty():
                 tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
@@ -302,6 +316,29 @@ def train(
     best = None
     if (keep_best or args.best_metric) and accelerator.is_main_process:
         best = Best(folder, name, found is None, f"validation_{args.best_metric or 'loss'}")
+
+    def due() -> bool:
+        """Whether a validation follows this step."""
+        return args.validation_steps > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
+
+    def check() -> None:
+        if validate is None:
+            losses = validation_losses(args, accelerator, result, data, compute_loss)
+        else:
+            losses = validate(result)
+        report(losses)
+        if generate is not None and accelerator.is_main_process and (values := generate(result, step)):
+            report(values)
+            losses = losses | values
+        if best is not None:
+            stage = 0 if opponent is None else int(step > opponent.start)
+            best.offer(result, losses[best.metric], step, stage)
+        accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        cut_metrics(folder / "metrics.jsonl", step, due())
+    if found and due():  # whether the run before came to it is not known
+        check()
     measurements = Measurements(accelerator, shares, data)
     batches = iter(data.train.batches(shares, step, args.dataloader_num_workers, resume_at))
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not accelerator.is_main_process or None)
@@ -334,9 +371,8 @@ def train(
 
             # Processes agree to stop when they read the loss anyway. One alone need not wait until then.
             stop = interruption.due()
-            last = step == args.max_train_steps
-            saving = step % args.checkpointing_steps == 0 or last
-            validating = args.validation_steps > 0 and (step % args.validation_steps == 0 or last)
+            saving = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+            validating = due()
             alone = accelerator.num_processes == 1
             if step % args.logging_steps == 0 or saving or validating or (stop and alone):
                 values, stop = measurements.read(step, stop)
@@ -347,18 +383,7 @@ def train(
                 if stop:
                     break
                 if validating:
-                    if validate is None:
-                        losses = validation_losses(args, accelerator, result, data, compute_loss)
-                    else:
-                        losses = validate(result)
-                    report(losses)
-                    if generate is not None and accelerator.is_main_process and (values := generate(result, step)):
-                        report(values)
-                        losses = losses | values
-                    if best is not None:
-                        stage = 0 if opponent is None else int(step > opponent.start)
-                        best.offer(result, losses[best.metric], step, stage)
-                    accelerator.wait_for_everyone()
+                    check()
                     network.train()
                 measurements.start = time.monotonic()
     bar.close()
@@ -370,6 +395,23 @@ def train(
     if best is not None:
         best.restore(result)
     return result
+
+
+def cut_metrics(file: Path, step: int, validates: bool) -> None:
+    """
+    Leaves in `metrics.jsonl` what was reported up to a step, from which the run goes on. If it goes on with the
+    validation of that step, only what came before that.
+    """
+    kept = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            at = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):  # cut off when the disk was full
+            continue
+        if at < step or (at == step and not (validates and kept and kept[-1][0] == step)):
+            kept.append((at, line))
+    if file.exists():
+        write_text(file, "".join(f"{line}\n" for _, line in kept))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from tonefield.data.pictures import draw_mels, draw_sounds
+from tonefield.files import write_sound
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.data import TrainingData
 from tonefield.training.randomness import make_generators
@@ -133,7 +134,7 @@ def show_mels(
     generator = torch.Generator().manual_seed(0)
     sounds = list(front_end.decode(mels.nan_to_num(), generator=generator).clamp(-1, 1).numpy())
     for index, sound in enumerate(sounds):
-        soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, front_end.config.sample_rate)
+        write_sound(folder / f"step-{step:07d}-{index}.wav", sound, front_end.config.sample_rate)
     for tracker in trackers:
         track(tracker, picture, sounds[:SHOWN], front_end.config.sample_rate, step)
 
@@ -144,7 +145,7 @@ def show_sounds(sounds: torch.Tensor, rate: int, titles: list[str], folder: Path
     sounds, picture = sounds.nan_to_num().clamp(-1, 1), folder / f"step-{step:07d}.png"
     draw_sounds(sounds[:SHOWN], rate, picture, titles)
     for index, sound in enumerate(sounds.numpy()):
-        soundfile.write(folder / f"step-{step:07d}-{index}.wav", sound, rate)
+        write_sound(folder / f"step-{step:07d}-{index}.wav", sound, rate)
     for tracker in trackers:
         track(tracker, picture, list(sounds[:SHOWN].numpy()), rate, step)
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -257,10 +259,15 @@ def test_what_is_refused(tmp_path, sounds):
 
 
 def test_two_runs_at_once(tmp_path):
-    running = DatasetBuilder(tmp_path / "out", {})
-    with pytest.raises(UserError, match=r"^Another run is writing .*out right now.$"):
-        DatasetBuilder(tmp_path / "out", {}, resume=True)
-    running.discard()
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    hold = f"from pathlib import Path; from tonefield.files import claim; lock = claim(Path({str(work)!r}))"
+    command = [sys.executable, "-c", f"{hold}; print('held', flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"^Another run is writing to .*out.partial right now: wait for its end,"):
+            DatasetBuilder(tmp_path / "out", {}, resume=True)
+        other.communicate("\n")
     DatasetBuilder(tmp_path / "out", {})
 
 
@@ -282,6 +289,6 @@ def test_an_empty_folder_and_the_present_one_can_be_written(tmp_path, sounds, mo
 
 
 def test_a_run_that_finished_no_part_leaves_nothing_to_resume(tmp_path):
-    DatasetBuilder(tmp_path / "out", {"seed": 1})._lock.release()
+    DatasetBuilder(tmp_path / "out", {"seed": 1})._lock.close()
     again = DatasetBuilder(tmp_path / "out", {"seed": 2})
     assert json.loads((again.work / "plan.json").read_text()) == {"seed": 2}
