@@ -178,8 +178,8 @@ class DatasetBuilder:
         self.settings = json.loads(json.dumps(settings))
         plan = self.work / "plan.json"
         # A run that was killed when the dataset had taken its place, but what it was made of was not yet removed.
-        complete = resume and plan.exists() and (self.output_dir / DATASET_NOTE).exists()
-        if not complete and self.output_dir.exists() and (
+        self.complete = resume and plan.exists() and (self.output_dir / DATASET_NOTE).exists()
+        if not self.complete and self.output_dir.exists() and (
             not self.output_dir.is_dir() or any(self.output_dir.iterdir())
         ):  # fmt: skip
             raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
@@ -281,7 +281,7 @@ class DatasetBuilder:
         try:
             counted = json.loads(note.read_text(encoding="utf-8"))
             digest, size = counted.pop("recordings"), counted.pop("bytes")
-            if size != arrow.stat().st_size:
+            if not self.complete and size != arrow.stat().st_size:
                 return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -347,7 +347,7 @@ class DatasetBuilder:
 
         `add_files` puts more into that folder before.
         """
-        if not (self.output_dir / DATASET_NOTE).exists():
+        if not self.complete:
             dataset = self.work / "dataset"
             with writing(self.output_dir, RESUME):
                 self._assemble(dataset, parts, result, features)
@@ -384,6 +384,8 @@ class DatasetBuilder:
 
     def discard(self) -> None:
         """Removes what the run kept for being taken up again."""
+        for arrow in self.work.glob("*.arrow"):  # first: without the notes, whoever comes back would make them again
+            arrow.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
