@@ -291,6 +291,7 @@ class LatentAudioDiffusionPipeline(
         model_input = latents
         if hasattr(scheduler, "scale_model_input"):
             model_input = scheduler.scale_model_input(latents, timestep)
+        timestep = timestep.to(latents.device, non_blocking=True)
         field = scheduler.config.get("prediction_type") == "field"
         branches = 1 if text is None else len(text.states)
 
@@ -314,7 +315,7 @@ class LatentAudioDiffusionPipeline(
         return guided_field(latents, output, torch.exp(4 * timestep), scheduler.config) if field else output
 
     def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        timestep = timestep.expand(len(clean))
+        timestep = timestep.to(clean.device, non_blocking=True).expand(len(clean))
         if hasattr(self.scheduler, "add_noise"):
             return self.scheduler.add_noise(clean, noise, timestep)
         return self.scheduler.scale_noise(clean, timestep, noise)  # flow matching
@@ -336,7 +337,9 @@ class LatentAudioDiffusionPipeline(
 
     def _timesteps(self, steps: int, walked: int) -> torch.Tensor:
         """Make the scheduler ready for the last `walked` of so many steps."""
-        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        # Where a scheduler looks numbers up by the timestep, they are on the CPU: a step must not wait for a timestep.
+        tables = hasattr(self.scheduler, "alphas_cumprod")
+        self.scheduler.set_timesteps(steps, device="cpu" if tables else self._execution_device)
         order = self.scheduler.order
         if walked < steps and len(self.scheduler.timesteps) != (steps - 1) * order + 1:
             raise ValueError(f"{type(self.scheduler).__name__} cannot begin within its steps: leave out strength.")

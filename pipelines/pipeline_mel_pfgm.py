@@ -239,7 +239,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
         if self.num_classes == 0:
             return None
         if labels is None:
-            labels = torch.tensor([self.num_classes], device=self._execution_device)
+            labels = torch.full((1,), self.num_classes, device=self._execution_device)  # no copy, no waiting
         return labels.expand(batch_size)
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

@@ -52,7 +52,7 @@ def in_windows(
     length = x.shape[-1]
     if length <= size:
         return compute(x, row)
-    starts = window_starts(length, size, unit, ring).to(x.device)
+    starts = window_starts(length, size, unit, ring).to(x.device, non_blocking=True)
     place = (starts[:, None] + torch.arange(size, device=x.device)) % length
     windows = x[..., place].movedim(-2, 0).flatten(0, 1)
     row = row.repeat(len(starts))

@@ -65,8 +65,24 @@ def posterior_weights(distances: torch.Tensor, sigma: torch.Tensor, aug_dim: flo
     return logits.softmax(dim=1)
 
 
+def with_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, and on the CPU where the device has none: in float32 nothing would be left of the weights."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def levels_of(sigma: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Noise levels, one or one per row, beside the rows."""
+    if not isinstance(sigma, torch.Tensor):
+        return rows.new_full((1,), sigma)
+    return with_float64(sigma).to(rows.device).reshape(-1)
+
+
 def empirical_denoiser(
-    x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, aug_dim: float | None
+    x: torch.Tensor,
+    data: torch.Tensor,
+    sigma: float | torch.Tensor,
+    aug_dim: float | None,
+    among: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The best denoiser for a finite dataset: E[y | x, sigma] = sum_j w_j y_j, with the weights of `posterior_weights`.
@@ -78,6 +94,8 @@ def empirical_denoiser(
         data (`torch.Tensor` of shape `(K, ...)`): The dataset, or a large batch of it, equally weighted.
         sigma (`float` or `torch.Tensor` of shape `(batch_size,)`): Noise level, one for all rows or one per row.
         aug_dim (`float`, *optional*): D, or `None` for the Gaussian limit.
+        among (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
+            True for the points that a row may come from, one at least; without it, all of them.
 
     Returns:
         `torch.Tensor` of the shape of `x`.
@@ -88,18 +106,26 @@ def empirical_denoiser(
         raise ValueError(
             f"rows of `x` have shape {tuple(x.shape[1:])}, of `data` {tuple(data.shape[1:])}: reshape one."
         )
-    rows, points = x.flatten(1).double(), data.flatten(1)
-    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
-    weights = posterior_weights(squared_distances(rows, points), sigma, aug_dim, rows.shape[1])
+    rows, points = with_float64(x.flatten(1)), data.flatten(1)
+    points = points.to(rows.device)
+    distances = squared_distances(rows, points)
+    if among is not None:
+        distances = distances.masked_fill(~among.to(rows.device), math.inf)
+    weights = posterior_weights(distances, levels_of(sigma, rows)[:, None], aug_dim, rows.shape[1])
     chunk_rows = max(1, MAX_CHUNK_ELEMENTS // points.shape[1])
     denoised = sum(
         w @ chunk.double() for w, chunk in zip(weights.split(chunk_rows, dim=1), points.split(chunk_rows), strict=True)
     )
-    return denoised.reshape(x.shape).to(x.dtype)
+    return denoised.reshape(x.shape).to(x.dtype).to(x.device)
 
 
 def poisson_field(
-    x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, aug_dim: float, gamma: float
+    x: torch.Tensor,
+    data: torch.Tensor,
+    sigma: float | torch.Tensor,
+    aug_dim: float,
+    gamma: float,
+    among: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The normalised field that a PFGM network predicts: -sqrt(N) * E / (|E| + gamma), with E = (x - E[y | x, sigma], r).
@@ -108,7 +134,7 @@ def poisson_field(
     every data point lies at r = 0.
 
     Args:
-        x, data, sigma, aug_dim: As in `empirical_denoiser`; `aug_dim` must be finite, since E contains r.
+        x, data, sigma, aug_dim, among: As in `empirical_denoiser`; `aug_dim` must be finite, since E contains r.
         gamma (`float`): Shrinks the field where |E| is small, that is close to the data.
 
     Returns:
@@ -116,13 +142,14 @@ def poisson_field(
     """
     if aug_dim is None:
         raise ValueError("`aug_dim` is None: the field needs a finite D, its last component is sigma * sqrt(D).")
-    displacement = x.double() - empirical_denoiser(x.double(), data, sigma, aug_dim)
-    radius = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1) * math.sqrt(aug_dim)
+    rows = with_float64(x)
+    displacement = rows - empirical_denoiser(rows, data, sigma, aug_dim, among)
+    radius = levels_of(sigma, rows) * math.sqrt(aug_dim)
     radius = radius.expand(x.shape[0])
     norm = torch.sqrt(displacement.flatten(1).square().sum(dim=1) + radius.square())
     scale = -math.sqrt(x[0].numel()) / (norm + gamma)
     field_x = displacement * scale.reshape(-1, *[1] * (x.ndim - 1))
-    return field_x.to(x.dtype), (radius * scale).to(x.dtype)
+    return field_x.to(x.dtype).to(x.device), (radius * scale).to(x.dtype).to(x.device)
 
 
 def pfgm_hyperparameters(

@@ -80,6 +80,9 @@ def student_t_noise(
     rows = shape[0] // len(generators)
     scales = []
     for source in generators:
+        if source is not None and source.device.type == "mps":  # which draws no gamma variates
+            seed = torch.randint(2**62, (1,), generator=source, device=source.device)
+            source = torch.Generator().manual_seed(int(seed))
         device = "cpu" if source is None else source.device
         half_dim = torch.full((rows,), aug_dim / 2, dtype=torch.float64, device=device)
         chi2 = 2 * torch._standard_gamma(half_dim, generator=source)

@@ -74,7 +74,14 @@ def uniforms(shape: Sequence[int], generator: Generators, device: torch.device |
         origin = source.device if source is not None else device
         dtype = torch.float32 if origin.type == "mps" else torch.float64
         parts.append(torch.rand(rows, *shape[1:], generator=source, device=origin, dtype=dtype))
-    return torch.cat(parts).to(device, non_blocking=device.type != "cpu")  # a copy to the CPU is read at once
+    return placed(torch.cat(parts), device)
+
+
+def placed(draws: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers in [0, 1) on a device; where it has no float64, cut to the digits of float32, which would round to 1."""
+    if device.type == "mps" and draws.dtype == torch.float64:
+        draws = ((2**24 * draws).floor() / 2**24).float()
+    return draws.to(device, non_blocking=device.type != "cpu")  # a copy to the CPU is read at once
 
 
 def unit_vectors(tokens: torch.Tensor, states: int, dtype: torch.dtype) -> torch.Tensor:
@@ -368,7 +375,7 @@ class PlannedCall:
 
     def to(self, device: torch.device) -> "PlannedCall":
         """The plan on the device of the tokens, so that no step has to wait for it."""
-        parts = {name: part.to(device, non_blocking=True) for name, part in vars(self).items() if part is not None}
+        parts = {name: placed(part, device) for name, part in vars(self).items() if part is not None}
         return PlannedCall(**parts)
 
 
@@ -968,7 +975,9 @@ class ScoreEntropyScheduler(SchedulerMixin, ConfigMixin):
         left, after = self._counts[index], self._counts[index + 1]
         share = (left / self._counts[0].clamp(min=1))[:, None]
         confidence = output.amax(-1) - output.logsumexp(-1)
-        confidence = confidence - self.config.confidence_noise * share * torch.log(-torch.log(noise + 1e-300))
+        confidence = confidence - self.config.confidence_noise * share * torch.log(
+            -torch.log(noise + torch.finfo(noise.dtype).tiny)
+        )
         confidence = confidence.masked_fill(tokens != self.config.vocab_size, -math.inf)
         positions = confidence.topk(self._most[index], -1).indices
         revealed = output.gather(1, positions[..., None].expand(-1, -1, output.shape[2]))

@@ -9,7 +9,6 @@ DDPM 2006.11239, v-prediction 2202.00512, score SDEs 2011.13456.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -63,11 +62,7 @@ def stable_target_loss(
         classes (`tuple`, *optional*): The classes that the network is told of `clean`, and those of `charges`.
     """
     noisy, sigma, timestep = perturb(clean, scheduler, generator)
-
-    def denoise(rows, among):
-        return (empirical_denoiser(noisy[rows], charges[among], sigma[rows], scheduler.config.aug_dim),)
-
-    (target,) = by_class(denoise, len(clean), classes)
+    target = empirical_denoiser(noisy, charges, sigma, scheduler.config.aug_dim, same_class(classes))
     return denoising_error(network, noisy, sigma, timestep, target, scheduler)
 
 
@@ -88,35 +83,23 @@ def field_loss(
     noisy, sigma, timestep = perturb(clean, scheduler, generator)
     config = scheduler.config
 
-    def field(rows, among):
-        return poisson_field(noisy[rows], charges[among], sigma[rows], config.aug_dim, config.gamma)
-
-    along_x, along_r = by_class(field, len(clean), classes)
+    along_x, along_r = poisson_field(noisy, charges, sigma, config.aug_dim, config.gamma, same_class(classes))
     output = network(noisy, timestep)
     error_x = (output[:, :-1] - along_x).flatten(1).square().sum(dim=1)
     error_r = (output[:, -1].flatten(1).mean(dim=1) - along_r).square()
     return ((error_x + error_r) / (clean[0].numel() + 1)).mean()
 
 
-def by_class(
-    compute: Callable[[Any, Any], tuple[torch.Tensor, ...]],
-    count: int,
-    classes: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, ...]:
+def same_class(classes: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor | None:
     """
-    A conditional network learns the field of its class alone: `compute(rows, among)` for the rows of each class, with
-    the charges of that class. A row whose class no charge has was told the null class, and sees them all.
+    A conditional network learns the field of its class alone: True where a charge has the class of a row, of shape
+    `(rows, charges)`. A row whose class no charge has was told the null class, and sees them all.
     """
     if classes is None:
-        return compute(slice(None), slice(None))
+        return None
     of_rows, of_charges = classes
-    order, parts = [], []
-    for label in of_rows.unique():
-        rows, among = (of_rows == label).nonzero()[:, 0], of_charges == label
-        order.append(rows)
-        parts.append(compute(rows, among if among.any() else slice(None)))
-    back = torch.cat(order).argsort()
-    return tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
+    same = of_rows[:, None] == of_charges
+    return same | ~same.any(dim=1, keepdim=True)
 
 
 def ddpm_loss(network: Network, clean: torch.Tensor, generator: Generators, scheduler) -> torch.Tensor:
