@@ -245,15 +245,17 @@ def main(args: argparse.Namespace) -> None:
         "recordings": hashlib.sha256("/".join(recordings.names).encode()).hexdigest(),
     }
     measured = with_metrics(args, accelerator, generate, lambda: whole(held_out, codec.sampling_rate))
-    trained = train(args, accelerator, codec, data, compute_loss, measured, about, "codec")
+    try:
+        trained = train(args, accelerator, codec, data, compute_loss, measured, about, "codec")
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / ".audio")
     if accelerator.is_main_process:
-        shutil.rmtree(folder / ".audio")
-        if trained is not None:
-            with writing(folder, CONTINUE):
-                write_codec(args, folder, trained, about)
-            print(f"the codec is in {folder}")
-            if args.push_to_hub:
-                publish_folder(folder, repository)
+        with writing(folder, CONTINUE):
+            write_codec(args, folder, trained, about)
+        print(f"the codec is in {folder}")
+        if args.push_to_hub:
+            publish_folder(folder, repository)
     accelerator.end_training()
 
 

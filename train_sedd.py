@@ -397,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
         "transformer",
         make_validation(args, accelerator, scheduler, data, condition),
     )
-    if trained is not None and accelerator.is_main_process:
+    if accelerator.is_main_process:
         pipeline = make_pipeline(args, accelerator, trained, scheduler, data, (tokenizer, encoder))
         with writing(folder, CONTINUE):
             pipeline.save_pretrained(folder)

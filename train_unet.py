@@ -444,7 +444,7 @@ def main(args: argparse.Namespace) -> None:
     generate = make_samples(args, accelerator, scheduler, data, steps, vae, texts)
     generate = with_metrics(args, accelerator, generate, lambda: held_out_sounds(args, accelerator, data, vae))
     result = train(args, accelerator, unet, data, loss, generate, fixed)
-    if result is not None and accelerator.is_main_process:
+    if accelerator.is_main_process:
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         text = (tokenizer, encoder)

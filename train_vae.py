@@ -334,7 +334,7 @@ def main(args: argparse.Namespace) -> None:
     trained: Any = train(
         args, accelerator, vae, data, compute_loss, measured, fixed, "vae", opponent=opponent, keep_best=True
     )
-    if trained is not None and accelerator.is_main_process:
+    if accelerator.is_main_process:
         latents = measure_latents(trained, accelerator, data, args.train_batch_size)
         vae = finish(trained, latents)
         quality = measure_reconstruction(vae, mel, accelerator, data, args.train_batch_size)

@@ -93,6 +93,16 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
         help="threads that read and compute side by side (default: one a core, here %(default)s)",
     )
     group.add_argument("--resume", action="store_true", help="take up a run that was stopped")
+    group.add_argument(
+        "--num_shards",
+        type=int,
+        metavar="N",
+        help="divide the work among N runs of this command, say the jobs of an array; they share --output_dir",
+    )
+    group.add_argument("--shard_index", type=int, metavar="I", help="which of them this is, from 0 to N - 1")
+    group.add_argument(
+        "--merge", action="store_true", help="put together what the N runs have made, after the last of them"
+    )
     group.add_argument("--strict", action="store_true", help="exit with an error if any file was rejected")
     return group
 
@@ -112,3 +122,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, f
         parser.error(
             "--validation_fraction {:g} and --test_fraction {:g} must leave something to train on".format(*fractions)
         )
+    check_shards(parser, args)
+
+
+def check_shards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    count, index = args.num_shards, args.shard_index
+    if args.merge and (count, index) != (None, None):
+        parser.error("--merge is for the run after those with --num_shards and --shard_index: leave these out")
+    if (count is None) != (index is None):
+        parser.error("--num_shards and --shard_index go together: give both")
+    if count is not None and not 0 <= index < count:
+        parser.error(f"--shard_index {index} must lie between 0 and {count - 1}, for --num_shards {count}")
+    if args.max_examples is not None and (args.merge or count is not None):
+        parser.error("--max_examples counts all rows, which runs side by side cannot: leave it out")

@@ -37,9 +37,9 @@ def build_dataset(
     settings: dict,
     rows: str,
     add_files: Callable[[Path], None] | None = None,
-) -> Result:
+) -> Result | None:
     """
-    Writes the dataset and says what came of the recordings.
+    Writes the dataset and says what came of the recordings; of a shard it writes the parts, and returns nothing.
 
     Args:
         args: The flags of `tonefield.data.arguments`.
@@ -50,10 +50,18 @@ def build_dataset(
     held_out = {"validation": args.validation_fraction, "test": args.test_fraction}
     settings = {name: getattr(args, name) for name in SOURCE_SETTINGS} | held_out | settings
     total_bytes = sum(recording.size for recording in source) if isinstance(source, AudioFolder) else 0
-    builder = DatasetBuilder(args.output_dir, settings, args.resume)
-    parts = plan_parts(source, held_out, args.seed)
-    parts = builder.run(parts, converter, args.num_proc, args.max_examples, held_out, total_bytes)
+    shard = None if args.num_shards is None else (args.shard_index, args.num_shards)
+    builder = DatasetBuilder(args.output_dir, settings, args.resume, shard, args.merge)
+    plan = plan_parts(source, held_out, args.seed)
+    if args.merge:
+        parts = builder.gather(plan)
+    else:
+        parts = builder.run(plan, converter, args.num_proc, args.max_examples, held_out, total_bytes)
     result = builder.result(parts, source.rejects)
+    if shard is not None:
+        print(f"shard {args.shard_index} of {args.num_shards}: {sum(result.rows.values())} {rows} from"
+              f" {result.recordings} recordings in {builder.work}. When all shards are there: --merge")  # fmt: skip
+        return None
 
     if not result.rows.get("train"):
         rejects = builder.output_dir.with_name(builder.output_dir.name + "-rejects.jsonl")
@@ -79,8 +87,10 @@ def build_dataset(
     return result
 
 
-def end(args: argparse.Namespace, result: Result) -> None:
-    """What `--strict` and `--push_to_hub` want of a dataset that is complete."""
+def end(args: argparse.Namespace, result: Result | None) -> None:
+    """What `--strict` and `--push_to_hub` want of a dataset that is complete, which a shard is not."""
+    if result is None:
+        return
     if args.strict and result.rejects:
         raise UserError(f"--strict: {len(result.rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
     if args.push_to_hub:

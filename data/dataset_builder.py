@@ -3,7 +3,7 @@
 The recordings are dealt into parts. A part is converted by one thread and written to one Arrow file, under a temporary
 name until it is complete; a note beside it holds what it counted. When all parts are there their files are moved into
 the layout of `datasets.load_from_disk`. Parts and their order follow from the recordings alone, so neither the number
-of threads nor an interruption changes the result.
+of threads nor an interruption changes the result, nor that several runs (shards) make every N-th part each.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -170,42 +171,62 @@ class DatasetBuilder:
         output_dir: Where the dataset will be. Until it is complete it is at `output_dir` + `.partial`.
         settings: What the rows depend on; a run is only taken up again with the same settings.
         resume: Whether to take up a run that was stopped.
+        shard: Which of how many runs this is that work side by side; each takes up what it did before.
+        merge: Whether such runs have made the parts.
     """
 
-    def __init__(self, output_dir: str | Path, settings: dict, resume: bool = False):
+    def __init__(
+        self, output_dir: str | Path, settings: dict, resume: bool = False, shard: tuple[int, int] | None = None,
+        merge: bool = False,
+    ):  # fmt: skip
         self.output_dir = Path(output_dir).resolve()
         self.work = self.output_dir.with_name(self.output_dir.name + ".partial")
         self.settings = json.loads(json.dumps(settings))
         plan = self.work / "plan.json"
+        self.shard, self.num_shards = shard, shard and shard[1]
         # A run that was killed when the dataset had taken its place, but what it was made of was not yet removed.
-        self.complete = resume and plan.exists() and (self.output_dir / DATASET_NOTE).exists()
+        taken_up = (resume or merge) and plan.exists()
+        self.complete = taken_up and (self.output_dir / DATASET_NOTE).exists()
         if not self.complete and self.output_dir.exists() and (
             not self.output_dir.is_dir() or any(self.output_dir.iterdir())
         ):  # fmt: skip
             raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
+        if merge and not plan.exists():
+            raise UserError(f"There are no shards in {self.work}: run --num_shards N with --shard_index 0 to N - 1.")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = claim(self.work)
+            self._lock = claim(self.work, ".lock" if shard is None else f".lock-{shard[0]}")
         except OSError as error:
             raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
-        begun = plan.exists() and any(self.work.glob("*-*.json"))  # at least one part is finished
-        if begun and not resume:
+        self._settle_plan(plan, resume, merge)
+
+    def _settle_plan(self, plan: Path, resume: bool, merge: bool) -> None:
+        """Writes down the settings, or compares them with those of the run that is taken up."""
+        begun = any(self.work.glob("*-*.json"))  # at least one part is finished
+        if begun and not (resume or merge or self.shard):
             raise UserError(f"{self.work} holds an unfinished run: add --resume to finish it, or delete that folder.")
-        if begun:
-            self._check_settings(plan)
+        if self.shard:
+            self._check_settings(plan, write_first(plan, json.dumps(self.settings | {"num_shards": self.num_shards})))
+        elif begun or merge:
+            self._check_settings(plan, plan.read_text(encoding="utf-8"), merge)
         else:
             write_text(plan, json.dumps(self.settings))
 
-    def _check_settings(self, plan: Path) -> None:
+    def _check_settings(self, plan: Path, text: str, merge: bool = False) -> None:
         try:
-            before = dict(json.loads(plan.read_text()))
+            before = dict(json.loads(text))
         except (ValueError, TypeError):
             raise UserError(f"{plan} is damaged: delete {self.work} and start again.") from None
-        for name in before.keys() | self.settings.keys():
-            if before.get(name) != self.settings.get(name):
+        if merge:
+            self.num_shards = before.get("num_shards")
+            if self.num_shards is None:
+                raise UserError(f"{self.work} holds an unfinished run without shards: finish it with --resume.")
+        now = self.settings | ({"num_shards": self.num_shards} if self.num_shards else {})
+        for name in before.keys() | now.keys():
+            if before.get(name) != now.get(name):
                 raise UserError(
                     f"The unfinished run in {self.work} had {name} = {before.get(name)}, this one has"
-                    f" {self.settings.get(name)}: use the same, or delete that folder."
+                    f" {now.get(name)}: use the same, or delete that folder."
                 )
 
     # ----- parts
@@ -245,6 +266,8 @@ class DatasetBuilder:
 
             try:
                 for part in parts:
+                    if self.shard and part.index % self.shard[1] != self.shard[0]:
+                        continue
                     if limits and limits[part.split] <= 0:
                         continue
                     part.on_seconds, part.limit = heard, limits and limits[part.split]
@@ -266,6 +289,30 @@ class DatasetBuilder:
                     print(f"\n{kept}.", file=sys.stderr)
                 raise
         return sorted(done, key=lambda part: part.index)
+
+    def gather(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts that shards have made: all that there should be, of the recordings that are there now."""
+        found, missing, unknown = [], [], {note.stem for note in self.work.glob("*-*.json")}
+        for part in tqdm(parts, unit="part", desc="parts", dynamic_ncols=True):
+            finished = self._finished(part)
+            unknown.discard(self._paths(part)[1].stem)
+            if finished is None:
+                missing.append(part.index)
+            else:
+                finished.recordings = [replace(recording, audio=None) for recording in part.recordings]
+                found.append(finished)
+        if missing:
+            shards = sorted({index % self.num_shards for index in missing})
+            raise UserError(
+                f"{len(missing)} of {len(found) + len(missing)} parts are missing in {self.work}: finish --num_shards"
+                f" {self.num_shards} with --shard_index {', '.join(map(str, shards))} first."
+            )
+        if unknown:
+            raise UserError(
+                f"The recordings have changed since the shards in {self.work} were made, which has parts of more of"
+                " them: delete that folder and start again."
+            )
+        return found
 
     def _paths(self, part: Part) -> tuple[Path, Path]:
         stem = f"{part.split}-{part.index:06d}"
@@ -394,6 +441,21 @@ class DatasetBuilder:
 def write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"audio_file": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in rejects]
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_first(path: Path, text: str) -> str:
+    """Writes a file, whole, unless another run that begins at the same time was faster; returns what is in it."""
+    handle, own = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    try:
+        os.link(own, path)
+    except OSError:  # it is there, or the file system knows no links
+        if not path.exists():
+            shutil.copyfile(own, path)
+    finally:
+        os.unlink(own)
+    return path.read_text(encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:

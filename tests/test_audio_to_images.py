@@ -23,6 +23,7 @@ from PIL import Image
 from tonefield import MelSpectrogram
 from tonefield.audio_to_images import front_end_from, main, parse_args
 from tonefield.command_line import UserError
+from tonefield.data import dataset_builder
 from tonefield.data.loading import read_record
 from tonefield.data.synthetic import synthesize
 from tonefield.models.mel_spectrogram import PRESETS
@@ -437,6 +438,30 @@ def test_datasets_that_cannot_be_used(tmp_path, clips):
     assert not (tmp_path / "out.partial").exists()
 
 
+# ----- several runs side by side
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_shards_and_their_merge_make_what_one_run_makes(tmp_path, sounds, clips, monkeypatch, capsys, column):
+    """With the same flags to all of them; previews are drawn of the whole."""
+    monkeypatch.setattr(dataset_builder, "PART_RECORDINGS", 2)
+    source = ["--dataset_name", tmp_path / "clips", "--audio_column", "sound"] if column else ["--input_dir", sounds]
+    if column:
+        clips.save_to_disk(tmp_path / "clips")
+    flags = [*source, "--preset", "fsdd-64", "--num_proc", 2, "--previews", 1, "--validation_fraction", 0.3]
+
+    def run(folder, *more):
+        main(parse_args(list(map(str, [*flags, "--output_dir", tmp_path / folder, *more]))))
+
+    run("whole")
+    for index in range(2):
+        run("out", "--num_shards", 2, "--shard_index", index)
+        assert not (tmp_path / "out").exists()
+    assert f"recordings in {tmp_path}/out.partial. When all shards are there: --merge\n" in capsys.readouterr().out
+    run("out", "--merge")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 # ----- refusals, as they are shown
 
 
@@ -451,6 +476,11 @@ def test_datasets_that_cannot_be_used(tmp_path, clips):
     (["--input_dir", "x", "--validation_fraction", "-0.1"], "--validation_fraction -0.1 and --test_fraction 0 must"),
     (["--input_dir", "x", "--test_fraction", "0.97"], "--validation_fraction 0.05 and --test_fraction 0.97 must"),
     (["--input_dir", "x", "--pad", "mirror"], "argument --pad: invalid choice: 'mirror'"),
+    (["--input_dir", "x", "--num_shards", "2"], "--num_shards and --shard_index go together: give both"),
+    (["--input_dir", "x", "--shard_index", "0"], "--num_shards and --shard_index go together: give both"),
+    (["--input_dir", "x", "--num_shards", "2", "--shard_index", "2"], "--shard_index 2 must lie between 0 and 1, for"),
+    (["--input_dir", "x", "--num_shards", "2", "--shard_index", "0", "--merge"], "--merge is for the run after those"),
+    (["--input_dir", "x", "--merge", "--max_examples", "9"], "--max_examples counts all rows, which runs side by"),
     (["--input_dir", "x", "--preview", "3"], "unrecognized arguments: --preview 3"),
 ])  # fmt: skip
 def test_flags_that_are_refused(flags, message, capsys):

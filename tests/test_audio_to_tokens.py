@@ -21,6 +21,7 @@ from token_runs import CODES, make_codec, write_sounds
 from tonefield import FSQCodec, MuLawTokenizer
 from tonefield.audio_to_tokens import main, parse_args
 from tonefield.command_line import UserError
+from tonefield.data import dataset_builder
 from tonefield.data.loading import read_record
 from tonefield.data.synthetic import synthesize
 from tonefield.models import load_audio_tokenizer
@@ -280,6 +281,17 @@ def test_a_run_that_was_killed_is_taken_up(tmp_path, codec):
         build(tmp_path / "in", "mulaw", out, "--resume")
     build(tmp_path / "in", codec, out, "--resume")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_shards_and_their_merge_make_what_one_run_makes(tmp_path, sounds, codec, monkeypatch):
+    """The codec comes along as well."""
+    monkeypatch.setattr(dataset_builder, "PART_RECORDINGS", 3)
+    build(sounds, codec, tmp_path / "whole")
+    flags = ["--input_dir", sounds, "--codec", codec, "--output_dir", tmp_path / "out", "--num_proc", 1]
+    for more in (["--num_shards", 2, "--shard_index", 1], ["--num_shards", 2, "--shard_index", 0], ["--merge"]):
+        main(parse_args(list(map(str, flags + more))))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert any(name.startswith("codec/") for name in contents(tmp_path / "out"))
 
 
 def test_push_to_the_hub_with_the_codec(tmp_path, sounds):

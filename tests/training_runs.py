@@ -52,13 +52,14 @@ def train(output, dataset, *flags, config=RECIPE, script=train_unet):
     return Path(output)
 
 
-def start(output, dataset, *flags, launcher=(), config=RECIPE, script=train_unet):
+def start(output, dataset, *flags, launcher=(), config=RECIPE, script=train_unet, start_new_session=False):
     """Starts a script as a process of its own."""
     argv = [f"--config={config}", f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [sys.executable, *launcher, str(script.__file__), *argv],
         env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=start_new_session,
     )  # fmt: skip
 
 

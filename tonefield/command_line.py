@@ -13,6 +13,19 @@ class UserError(Exception):
     """Something the user can mend. The message names the value and the remedy; no traceback is shown."""
 
 
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what a job script starts again
+
+
+class Interrupted(Exception):
+    """
+    A signal ended the work early; what was done is kept, and said already. `status` is what the script leaves with.
+    """
+
+    def __init__(self, status: int = TRY_AGAIN):
+        super().__init__(status)
+        self.status = status
+
+
 def first_line(error: object) -> str:
     """What an error of another library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -85,7 +98,7 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> NoReturn:
-    """Runs a script's `main` and leaves: status 0, 1 with one line for a user's error, 130 when interrupted."""
+    """Runs a script's `main` and leaves: status 0, 1 with one line for a user's error, 130 or 75 when interrupted."""
     try:
         main(args)
     except UserError as error:
@@ -94,6 +107,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         folder = getattr(args, "output_dir", None) or getattr(args, "out", None)
         where = error.filename or folder or "the operating system"
         sys.exit(printable(f"error: {where}: {error.strerror or error}"))
+    except Interrupted as interrupted:
+        sys.exit(interrupted.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

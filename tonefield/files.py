@@ -89,15 +89,15 @@ def tidy(parent: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def claim(folder: Path) -> IO[str] | None:
+def claim(folder: Path, name: str = ".lock") -> IO[str] | None:
     """
-    Keeps a folder from other runs until the file that is returned is closed, or the process ends, however it does.
-    `None` where the file system knows no locks.
+    Keeps a folder from other runs that ask for the same `name`, until the file that is returned is closed, or the
+    process ends, however it does. `None` where the file system knows no locks.
 
     This is a lock of the process (`lockf`). One of the file (`flock`) would be inherited by the workers that read
     data, which live on for a while when their run is killed.
     """
-    file = (folder / ".lock").open("a")
+    file = (folder / name).open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

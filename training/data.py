@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tonefield.command_line import UserError
 from tonefield.data.loading import load_split, read_record
 from tonefield.models.mel_spectrogram import MelSpectrogram
+from tonefield.training.interruption import leave_signals_to_the_trainer
 from tonefield.training.randomness import derive_seed, make_generators, uniform
 
 
@@ -93,6 +94,7 @@ class EndlessRows(Dataset):
         return DataLoader(
             self, batch_sampler=shares.from_step(step), num_workers=num_workers, collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(), generator=torch.Generator(), persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_trainer,
         )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ class EndlessStream(IterableDataset):
         # A stream has one order, hence one reader.
         return DataLoader(
             self, batch_size=None, num_workers=min(num_workers, 1), generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_the_trainer,
         )  # fmt: skip
 
 

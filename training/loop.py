@@ -2,9 +2,7 @@
 
 import copy
 import json
-import math
 import resource
-import signal
 import sys
 import time
 import weakref
@@ -32,6 +30,7 @@ from tonefield.training.checkpoints import (
     list_checkpoints,
 )
 from tonefield.training.data import Data, Shares
+from tonefield.training.interruption import REASONS, Interruption, interrupted
 from tonefield.training.randomness import derive_seed, make_generators
 
 
@@ -130,30 +129,6 @@ class Average:
         self.ema.step(self.live)
 
 
-class Interruption:
-    """Notices SIGTERM and SIGUSR1, which clusters send before they end a job, and the end of the allotted time."""
-
-    def __init__(self, max_hours: float | None):
-        self.reason: str | None = None
-        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
-
-    def __enter__(self) -> "Interruption":
-        self.before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _notice(self, number: int, _frame) -> None:
-        self.reason = signal.Signals(number).name
-
-    def due(self) -> bool:
-        if self.reason is None and time.monotonic() > self.deadline:
-            self.reason = "--max_hours"
-        return self.reason is not None
-
-
 def memory_in_use() -> float:
     """The most memory that this process has held, in GiB: of the GPU where there is one."""
     if torch.cuda.is_available():
@@ -180,8 +155,8 @@ class Measurements:
         for name, part in loss.parts.items():
             self.parts.setdefault(name, []).append(part.detach())
 
-    def read(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
-        """Means over all processes since the last reading, and whether any process wants to stop. `step` are done."""
+    def read(self, step: int, stop: int) -> tuple[dict[str, float], int]:
+        """Means over all processes since the last reading, and why any of them wants to stop. `step` are done."""
         steps, micro = len(self.norms), self.shares.accumulation
         parts = [torch.stack(values).mean() for values in self.parts.values()]
         mine = torch.stack([*self.losses, *self.norms, *parts]).float()
@@ -200,7 +175,7 @@ class Measurements:
             "memory_gib": memory_in_use(),
         }
         self.losses, self.parts, self.norms, self.start = [], {}, [], time.monotonic()
-        return values, bool(everyone[:, -1].any())
+        return values, int(everyone[:, -1].max())
 
     def _refuse_nonsense(self, losses: torch.Tensor, norms: torch.Tensor, first: int) -> None:
         """Stops at the first loss or gradient that is no number. (fp16 skips gradients that overflow.)"""
@@ -235,9 +210,9 @@ def train(
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     opponent: Opponent | None = None,
     keep_best: bool = False,
-) -> torch.nn.Module | None:
+) -> torch.nn.Module:
     """
-    Trains `model` and returns what to publish, or `None` when a signal ended the run early.
+    Trains `model` and returns what to publish. `Interrupted` is raised when a signal ended the run early.
 
     Args:
         args: The flags of `add_data_arguments` and `add_training_arguments`.
@@ -287,7 +262,7 @@ def train(
     trained = [network] + ([accelerator.prepare(opponent.network)] if opponent else [])
     checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit)
 
-    step, resume_at = 0, None
+    step, stop, resume_at = 0, 0, None
     if found:
         path, state = found
         checkpoints.restore(path)
@@ -343,7 +318,7 @@ def train(
     batches = iter(data.train.batches(shares, step, args.dataloader_num_workers, resume_at))
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not accelerator.is_main_process or None)
     network.train()
-    with Interruption(args.max_hours) as interruption:
+    with Interruption(args.max_hours, accelerator.is_local_main_process) as interruption:
         while step < args.max_train_steps:
             playing = trained[1:] if opponent and step >= opponent.start else []
             for _ in range(shares.accumulation):
@@ -388,10 +363,10 @@ def train(
                 measurements.start = time.monotonic()
     bar.close()
     if step < args.max_train_steps:
-        reason = interruption.reason or "another process"
-        accelerator.print(f"stopped at step {step} by {reason}; continue with --resume_from_checkpoint latest")
-        if reason != "--max_hours":
-            return None
+        accelerator.print(f"stopped at step {step} by {REASONS[stop]}; continue with --resume_from_checkpoint latest")
+        if REASONS[stop] != "--max_hours":  # when the time is up, what there is by then is the result
+            accelerator.end_training()
+            raise interrupted(REASONS[stop])
     if best is not None:
         best.restore(result)
     return result

@@ -203,6 +203,114 @@ def test_the_fingerprint_tells_splits_and_recordings_apart(tmp_path, sounds):
     assert [split._fingerprint for split in a.values()] != [split._fingerprint for split in c.values()]
 
 
+# ----- several runs side by side
+
+
+def build_shard(source, output_dir, index, count=3, settings=None) -> DatasetBuilder:
+    builder = DatasetBuilder(output_dir, settings or {"a": 1}, shard=(index, count))
+    builder.run(plan_parts(source, {"validation": 0.25}, 0), converter(), 1)
+    builder._lock.close()
+    return builder
+
+
+def merge(source, output_dir, settings=None) -> None:
+    builder = DatasetBuilder(output_dir, settings or {"a": 1}, merge=True)
+    finished = builder.gather(plan_parts(source, {"validation": 0.25}, 0))
+    builder.finish(finished, builder.result(finished, []), converter().features)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])  # of four parts
+def test_shards_merge_to_what_one_run_makes_byte_for_byte(tmp_path, sounds, count):
+    build(sounds, tmp_path / "whole")
+    made = set()
+    for index in reversed(range(count)):
+        work = build_shard(sounds, tmp_path / "out", index, count).work
+        fresh = {path.name for path in work.glob("*.arrow")} - made
+        assert len(fresh) == len(range(index, 4, count))
+        made |= fresh
+    merge(sounds, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_shards_that_are_missing_are_named(tmp_path, sounds):
+    with pytest.raises(UserError, match=r"^There are no shards in .*out.partial: run --num_shards N with"):
+        merge(sounds, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    build_shard(sounds, tmp_path / "out", 0)
+    with pytest.raises(UserError, match=r"^2 of 4 parts are missing .* --num_shards 3 with --shard_index 1, 2 first"):
+        merge(sounds, tmp_path / "out")
+    work = build_shard(sounds, tmp_path / "out", 1).work
+    build_shard(sounds, tmp_path / "out", 2)
+    (note,) = work.glob("*-000001.json")
+    note.unlink()  # as a job that was killed leaves its part
+    with pytest.raises(UserError, match=r"^1 of 4 parts are missing .* --shard_index 1 first"):
+        merge(sounds, tmp_path / "out")
+    kept = {path.name: path.stat().st_ino for path in work.glob("*.arrow")}
+    build_shard(sounds, tmp_path / "out", 1)  # and takes it up when it is started again
+    build_shard(sounds, tmp_path / "out", 2)
+    remade = {path.name for path in work.glob("*.arrow") if path.stat().st_ino != kept[path.name]}
+    assert remade == {note.with_suffix(".arrow").name}
+    merge(sounds, tmp_path / "out")
+
+
+def test_shards_of_other_settings_or_files_are_refused(tmp_path, sounds):
+    for index in range(3):
+        build_shard(sounds, tmp_path / "out", index)
+    with pytest.raises(UserError, match=r"out.partial had num_shards = 3, this one has 4: use the same"):
+        build_shard(sounds, tmp_path / "out", 3, 4)
+    for refused in (lambda **how: build_shard(sounds, tmp_path / "out", 0, **how),
+                    lambda **how: merge(sounds, tmp_path / "out", **how)):  # fmt: skip
+        with pytest.raises(UserError, match=r"out.partial had a = 1, this one has 2: use the same"):
+            refused(settings={"a": 2})
+    with pytest.raises(UserError, match=r"holds an unfinished run: add --resume"):
+        DatasetBuilder(tmp_path / "out", {"a": 1})
+    with pytest.raises(UserError, match=r"had num_shards = 3, this one has None"):
+        DatasetBuilder(tmp_path / "out", {"a": 1}, resume=True)
+
+    last = list(plan_parts(sounds, {"validation": 0.25}, 0))[-1].recordings
+    kept = {recording.name: recording.audio.read_bytes() for recording in last}
+    for recording in last:
+        recording.audio.unlink()
+    with pytest.raises(UserError, match=r"^The recordings have changed since"):
+        merge(AudioFolder(sounds.folder), tmp_path / "out")
+    for name, data in kept.items():
+        (sounds.folder / name).write_bytes(data)
+    (sounds.folder / last[0].name).write_bytes(wav(9))
+    with pytest.raises(UserError, match=rf"^The recordings have changed since .*near {last[0].name}"):
+        merge(AudioFolder(sounds.folder), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^The recordings have changed since"):
+        for index in range(3):
+            build_shard(AudioFolder(sounds.folder), tmp_path / "out", index)
+
+
+def test_shards_that_begin_together_agree_on_one_plan(tmp_path, sounds):
+    """Before the first part is finished, too."""
+    first = DatasetBuilder(tmp_path / "out", {"a": 1}, shard=(0, 2))
+    second = DatasetBuilder(tmp_path / "out", {"a": 1}, shard=(1, 2))
+    assert first._lock.name != second._lock.name
+    with pytest.raises(UserError, match=r"had a = 1, this one has 2"):
+        DatasetBuilder(tmp_path / "out", {"a": 2}, shard=(0, 2))
+
+
+def test_a_merge_that_was_killed_after_it_was_done_is_taken_up(tmp_path, sounds, monkeypatch):
+    work = build_shard(sounds, tmp_path / "out", 0, 1).work
+    with monkeypatch.context() as patched:
+        patched.setattr(DatasetBuilder, "discard", lambda self: None)
+        merge(sounds, tmp_path / "out")
+    done = contents(tmp_path / "out")
+    for arrow in work.glob("*.arrow"):  # as far as the removal had come
+        arrow.unlink()
+    merge(sounds, tmp_path / "out")
+    assert contents(tmp_path / "out") == done and not work.exists()
+
+
+def test_a_run_without_shards_is_not_merged(tmp_path, sounds):
+    build(sounds, tmp_path / "out", stop_after=1)
+    with pytest.raises(UserError, match=r"holds an unfinished run without shards: finish it with --resume"):
+        merge(sounds, tmp_path / "out")
+
+
 # ----- a run that stops
 
 

@@ -17,7 +17,8 @@ from tonefield import train_unet
 from tonefield.command_line import UserError
 from tonefield.training import objectives
 from tonefield.training.data import EndlessRows, EndlessStream, ReadPictures, Shares, TrainingData, open_data
-from tonefield.training.loop import Average, Interruption, make_accelerator
+from tonefield.training.interruption import REASONS, Interruption
+from tonefield.training.loop import Average, make_accelerator
 from tonefield.training.randomness import make_generators, uniform
 from tonefield.training.validation import spread_labels
 
@@ -201,7 +202,7 @@ def test_allotted_time_is_in_hours():
     assert interruption.deadline - time.monotonic() == pytest.approx(7200, abs=100)
     assert not interruption.due()
     interruption.deadline -= 7200
-    assert interruption.due() and interruption.reason == "--max_hours"
+    assert REASONS[interruption.due()] == "--max_hours"
     assert Interruption(None).deadline == math.inf
 
 

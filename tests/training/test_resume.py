@@ -1,6 +1,7 @@
 """A run that is interrupted, watched or divided differently is the same run."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from training_runs import differences, start, train
 
 from tonefield.command_line import UserError
 from tonefield.training import validation
+from tonefield.training.interruption import REASONS, Interruption
 
 
 # Adam divides by the gradient: with its usual epsilon the rounding of a gradient that should be 0 is a full step.
@@ -112,20 +114,47 @@ def test_two_processes_equal_one(one_process, mels, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save_and_leave(mels, tmp_path, number):
-    endless = ("--max_train_steps=100000", "--logging_steps=1000")
-    process = start(tmp_path, mels, "--checkpointing_steps=2", "--checkpoints_total_limit=1", *endless)
-    wait_for(tmp_path / "checkpoint-2", process)
-    process.send_signal(number)
+def leave_by(number, mels, folder, status):
+    """A run that a signal to all its processes ends, those that read the data among them; the step it ended at."""
+    endless = ("--max_train_steps=100000", "--logging_steps=1000", "--dataloader_num_workers=2")
+    flags = ("--checkpointing_steps=2", "--checkpoints_total_limit=1", *endless)
+    process = start(folder, mels, *flags, start_new_session=True)
+    wait_for(folder / "checkpoint-2", process)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert process.returncode == status, output
+    (checkpoint,) = folder.glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
     assert f"stopped at step {step} by {number.name}" in output
+    return step, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_leave(mels, tmp_path, number):
+    step, _ = leave_by(number, mels, tmp_path, 75)
     train(tmp_path, mels, "--resume_from_checkpoint=latest", f"--max_train_steps={step + 1}")
     assert (tmp_path / f"checkpoint-{step + 1}").is_dir()
     assert (tmp_path / "model_index.json").exists() or (tmp_path / "unet").is_dir()
+
+
+def test_control_c_saves_and_leaves(mels, tmp_path):
+    _, output = leave_by(signal.SIGINT, mels, tmp_path, 130)
+    assert "a checkpoint is saved after this step. Ctrl-C again stops at once" in output
+    assert "Traceback" not in output
+
+
+def test_the_second_control_c_waits_for_nothing():
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption(None) as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert REASONS[interruption.due()] == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with Interruption(None) as interruption:  # what a cluster says goes before, and stays
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert REASONS[interruption.due()] == "SIGTERM"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_max_hours(mels, tmp_path, capsys):
