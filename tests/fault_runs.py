@@ -37,17 +37,22 @@ class Ended:
         return self.status == -signal.SIGKILL
 
 
+def compile_faults(folder: Path) -> Path:
+    """The library that makes faults."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("faults are made by a library that is compiled here, and there is no compiler")
+    source, library = Path(__file__).parent / "faults" / "faults.c", folder / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
 class Runs:
     """Starts scripts in processes that fork from one which is warm."""
 
     def __init__(self):
         self.work = tempfile.TemporaryDirectory(prefix="tonefield-faults-")
-        self.library = Path(self.work.name, "faults.so")
-        source = Path(__file__).parent / "faults" / "faults.c"
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None or not sys.platform.startswith("linux"):
-            pytest.skip("faults are made by a library that is compiled here, and there is no compiler")
-        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", self.library, source, "-ldl"], check=True)
+        self.library = compile_faults(Path(self.work.name))
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["fault_runs_warm"])
         settings = {"LD_PRELOAD": str(self.library), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -340,6 +341,61 @@ def test_half_a_part_counts_for_nothing(tmp_path, sounds):
     third.with_suffix(".json").unlink()
     build(sounds, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data + b"garbage", None])
+@pytest.mark.parametrize("name", ["*.arrow", "*-*.json"])
+def test_a_damaged_part_is_made_again(tmp_path, sounds, name, damage):
+    build(sounds, tmp_path / "whole")
+    work = build(sounds, tmp_path / "out", stop_after=3)
+    kept = min(work.glob("*.arrow")).stat().st_ino
+    victim = sorted(work.glob(name))[1]
+    if damage is None:
+        victim.unlink()
+    else:
+        victim.write_bytes(damage(victim.read_bytes()))
+    build(sounds, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert kept in {path.stat().st_ino for path in (tmp_path / "out").rglob("*.arrow")}
+
+
+def test_a_damaged_plan_is_told(tmp_path, sounds):
+    work = build(sounds, tmp_path / "out", stop_after=2)
+    for text in ("", "{", "5", "null"):
+        (work / "plan.json").write_text(text)
+        with pytest.raises(UserError, match=rf"^{work}/plan.json is damaged: delete {work} and start again.$"):
+            build(sounds, tmp_path / "out", resume=True)
+
+
+def test_a_run_that_was_killed_at_its_very_end(tmp_path, sounds):
+    """The dataset has taken its place; what it was made of is there, or partly there."""
+    build(sounds, tmp_path / "whole")
+    for left in (0, 2):
+        out = tmp_path / f"out{left}"
+        work = build(sounds, out, stop_after=100)
+        for arrow in sorted(work.glob("*.arrow"))[left:]:
+            arrow.unlink()
+        shutil.copytree(tmp_path / "whole", out)
+        before = {path: path.stat().st_ino for path in out.rglob("*")}
+        with pytest.raises(UserError, match="is in use"):
+            build(sounds, out)
+        build(sounds, out, resume=True)
+        assert {path: path.stat().st_ino for path in out.rglob("*")} == before
+        assert not work.exists()
+
+
+def test_a_recording_that_goes_away_is_rejected(tmp_path, sounds):
+    """Between the listing of the folder and the reading."""
+    (sounds.folder / "5.wav").unlink()
+    (sounds.folder / "7.wav").rename(tmp_path / "7.wav")
+    (sounds.folder / "7.wav").mkdir()
+    builder = DatasetBuilder(tmp_path / "out", {})
+    parts = builder.run(plan_parts(sounds, {}, 0), converter(), 1)
+    rejects = builder.result(parts, []).rejects
+    assert rejects == [
+        ("5.wav", "cannot be opened (No such file or directory)"), ("7.wav", "cannot be opened (Is a directory)"),
+    ]  # fmt: skip
+    assert sum(part.rows for part in parts) == 36 - 4 - 3
 
 
 def test_a_limited_run_is_taken_up(tmp_path, sounds):

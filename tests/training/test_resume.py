@@ -44,13 +44,20 @@ def assert_same_training(first, second, movement=0.01, tolerance=2e-5):
 
 def test_kill_and_resume_is_exact(uninterrupted, mels, tmp_path):
     # What it validates after step 4 takes so long that it will not have ended before it is killed.
-    process = start(tmp_path, mels, "--checkpointing_steps=4", "--validation_steps=4")
+    flags = ("--checkpointing_steps=4", "--validation_steps=4", "--resume_from_checkpoint=latest")
+    process = start(tmp_path, mels, *flags)
     wait_for(tmp_path / "checkpoint-4", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "checkpoint-8").exists()
-    (tmp_path / ".checkpoint-8.partial").mkdir()  # as one that was killed while it saved leaves it behind
-    train(tmp_path, mels, "--resume_from_checkpoint=latest")
+    (tmp_path / ".checkpoint-7.partial").mkdir()  # as one that was killed while it saved leaves it behind
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')  # and as a full disk does
+    train(tmp_path, mels, *flags)
+    assert not (tmp_path / ".checkpoint-7.partial").exists()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = [(row["step"], "validation_loss" in row) for row in rows]
+    assert told == [(step, validated) for step in range(1, 9) for validated in (False, True)[: 1 + (step % 4 == 0)]]
     assert differences(tmp_path / "checkpoint-8", uninterrupted / "checkpoint-8") == []
     assert len(differences(tmp_path / "checkpoint-4", uninterrupted / "checkpoint-8")) > 100
 
