@@ -274,6 +274,7 @@ def make_validation(args, accelerator, scheduler, data, condition):
     import math
 
     import torch
+    from torch.nn.functional import pad
 
     from tonefield.training.randomness import make_generators
 
@@ -288,13 +289,19 @@ def make_validation(args, accelerator, scheduler, data, condition):
             generators = make_generators(args.seed, "validation", batch["positions"], device)
             batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
             told = condition(batch, generators, training=False)
-
-            def network(noisy, sigma, told=told):
-                with accelerator.autocast():
-                    return transformer(noisy, sigma, **told).sample
-
             tokens, mask = batch["tokens"], batch.get("mask")
-            nats = scheduler.nll_bound(network, tokens, args.num_validation_draws, generators, mask)
+            length = tokens.shape[-1]
+            # Noise is drawn for whole sequences, as in training: it does not depend on what is in the batch besides.
+            missing = (0, max(0, data.num_frames - length))
+            whole = None if mask is None else pad(mask, missing)
+            if whole is None and missing[1]:
+                whole = pad(tokens.new_ones(len(tokens), length, dtype=torch.bool), missing)
+
+            def network(noisy, sigma, told=told, length=length, missing=missing):
+                with accelerator.autocast():
+                    return pad(transformer(noisy[..., :length], sigma, **told).sample, (0, 0, *missing))
+
+            nats = scheduler.nll_bound(network, pad(tokens, missing), args.num_validation_draws, generators, whole)
             count = tokens.numel() if mask is None else mask.sum() * (tokens[0].numel() // mask.shape[1])
             total += torch.stack([nats.sum().double(), torch.as_tensor(count, device=device).double()])
         nats, tokens = accelerator.reduce(total, "sum").tolist()

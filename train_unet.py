@@ -113,7 +113,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--field_batch_size",
         type=int,
         metavar="K",
-        help="charges of stable_target and field, over all processes (default: the batches alone)",
+        help="charges of stable_target and field, shared equally by the processes (default: their batches alone)",
     )
     model.add_argument("--sigma_min", type=float, help="smallest noise level (default: the scheduler's)")
     model.add_argument("--sigma_max", type=float, help="largest one (default: the scheduler's; field: from the data)")
@@ -239,7 +239,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=
         from tonefield.training.latents import draw_latents
 
     null_class = len(data.class_names)
-    held_out_charges = []
+    of_validation = []
 
     def told(labels, generators, dropout):
         """Labels as the network is told them: the last class is no class."""
@@ -247,21 +247,34 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=
         return torch.where(withheld, null_class, labels)
 
     def charges_of(batch, training):
-        """All processes' samples, and the further rows that `--field_batch_size` asks for, with their classes."""
-        more = [batch["charges"]] if "charges" in batch else []
-        labels = [batch["charge_labels"]] if "charge_labels" in batch else []
-        if not training and data.train.extra:
-            if not held_out_charges:
-                held_out_charges.append(data.train.get(list(range(args.field_batch_size)), "charges"))
-            fixed = held_out_charges[0]
-            more = [fixed["clean"].to(batch["clean"].device)]
-            labels = [fixed["class_labels"].to(batch["clean"].device)] if "class_labels" in fixed else []
-        charges = torch.cat([batch["clean"], *more])
-        classes = torch.cat([batch["class_labels"], *labels]) if "class_labels" in batch else None
-        if training:  # in validation the processes' batches differ in number
-            charges = accelerator.gather(charges)
-            classes = None if classes is None else accelerator.gather(classes)
-        return charges, classes
+        """All processes' samples and the further rows that `--field_batch_size` asks for, with their classes."""
+        if not training:
+            if not of_validation:
+                of_validation.append(held_out_charges(batch["clean"].device))
+            return of_validation[0]
+        charges, classes = batch["clean"], batch.get("class_labels")
+        if "charges" in batch:
+            charges = torch.cat([charges, batch["charges"]])
+            classes = None if classes is None else torch.cat([classes, batch["charge_labels"]])
+        return accelerator.gather(charges), None if classes is None else accelerator.gather(classes)
+
+    def held_out_charges(device):
+        """All that is held out, and some of the further rows: whatever the batches and processes of validation."""
+        batches = [to(batch, device) for batch in data.validation_batches(args.train_batch_size)]
+        if vae is not None:
+            batches = [encode(batch) for batch in batches]
+        if args.field_batch_size is not None:
+            batches.append(to(data.train.get(list(range(args.field_batch_size)), "charges"), device))
+        names = ("clean", "class_labels") if "class_labels" in batches[0] else ("clean",)
+        charges, *classes = (torch.cat([batch[name] for batch in batches]) for name in names)
+        return charges, classes[0] if classes else None
+
+    def to(batch, device):
+        return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+
+    def encode(batch):
+        with accelerator.autocast():
+            return batch | {"clean": draw_latents(vae, batch["clean"], batch["posterior_noise"])}
 
     def read_text(batch, generators, dropout):
         """What the network is told of the texts; of those that are withheld, the empty text."""
@@ -274,8 +287,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=
 
     def compute_loss(unet, batch, generators):
         if vae is not None:
-            with accelerator.autocast():
-                batch = batch | {"clean": draw_latents(vae, batch["clean"], batch["posterior_noise"])}
+            batch = encode(batch)
         clean, labels, arguments = batch["clean"], None, {}
         if "class_labels" in batch:
             labels = told(batch["class_labels"], generators, args.label_dropout if unet.training else 0.0)
@@ -361,6 +373,7 @@ def make_samples(args, accelerator, scheduler, data, steps: int, vae, texts):
 
 def held_out_sounds(args, accelerator, data, vae):
     """What generated sounds are compared with: the held-out mels or latents, made audible in the same way."""
+    from tonefield.training.latents import draw_latents
     from tonefield.training.validation import held_out_mels
 
     if not data.vae:
@@ -368,8 +381,11 @@ def held_out_sounds(args, accelerator, data, vae):
     place = vae.device
     vae.to(accelerator.device)
 
-    def decode(latents):
-        scaled = latents.to(vae.device) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    def decode(batch):
+        latents = batch["clean"].to(vae.device)
+        if "posterior_noise" in batch:  # of a dataset of mels
+            latents = draw_latents(vae, latents, batch["posterior_noise"].to(vae.device))
+        scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         return vae.decode(scaled).sample
 
     sounds = held_out_mels(data, args.train_batch_size, decode)
@@ -422,7 +438,7 @@ def main(args: argparse.Namespace) -> None:
         fixed |= {"LoRA rank": args.lora_rank, "network beneath the LoRA": base_fingerprint(unet)}
         add_lora(args, unet)
     if args.objective in WITH_CHARGES:
-        prepare_charges(args, data, accelerator.num_processes)
+        fixed["charges"] = prepare_charges(args, data, accelerator.num_processes)
     repository = find_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     if encoder is not None:
         with accelerator.local_main_process_first():  # the others find in the cache what this one has encoded
@@ -430,6 +446,10 @@ def main(args: argparse.Namespace) -> None:
         fixed["text encoder"] = text_fingerprint(tokenizer, encoder)
     steps = args.num_inference_steps
     steps = steps or (18 if args.objective in POISSON else 50 if "prediction" in args.objective else 200)
+    try:
+        type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"--num_inference_steps {steps}: {first_line(error)}") from None
 
     parameters, trained = (
         sum(value.numel() for value in unet.parameters() if value.requires_grad or every) for every in (True, False)
@@ -464,8 +484,8 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def prepare_charges(args, data, num_processes: int) -> None:
-    """Has each process read its share of the charges beside its batch."""
+def prepare_charges(args, data, num_processes: int) -> int:
+    """Has each process read its share of the charges beside its batch; returns how many there are in all."""
     least = args.train_batch_size * num_processes
     wanted = least if args.field_batch_size is None else args.field_batch_size
     if wanted < max(2, least):
@@ -473,7 +493,9 @@ def prepare_charges(args, data, num_processes: int) -> None:
             f"--objective {args.objective} with a field of {wanted} charges: --field_batch_size must be at least"
             f" {max(2, least)}, the samples of all processes and no less than two."
         )
-    data.train.extra = -(-wanted // num_processes) - args.train_batch_size
+    share = -(-wanted // num_processes)
+    data.train.extra = share - args.train_batch_size
+    return share * num_processes
 
 
 if __name__ == "__main__":

@@ -207,6 +207,18 @@ def test_validation_is_the_bound_of_all_that_is_held_out(tokens, network, flags)
     assert torch.cat(ordered, dim=1)[0].tolist() == held_out.tolist()
 
 
+@pytest.mark.parametrize("flags", [[], ["--graph_type=uniform", "--noise_schedule=geometric"]])
+def test_validation_does_not_depend_on_batches_and_processes(tokens, network, flags):
+    """A recording alone in a batch is not padded, and meets the same noise nevertheless."""
+    args, data, scheduler, model, _ = built(tokens, network, "--validation_steps=1", *flags)
+    reset_accelerate()
+    condition, found = train_sedd.make_condition(args, data, None), []
+    for args.train_batch_size in (1, 16):
+        validate = train_sedd.make_validation(args, make_accelerator(args), scheduler, data, condition)
+        found.append(validate(model)["validation_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 # ----- what every flag does
 
 

@@ -24,6 +24,7 @@ from tonefield.data.loading import read_record
 from tonefield.models import MelSpectrogram
 from tonefield.schedulers import PoissonFlowScheduler, ScoreSDEScheduler, pfgm_hyperparameters
 from tonefield.training.data import open_data, standardized_front_end
+from tonefield.training.loop import make_accelerator, validation_losses
 
 
 def parsed(dataset, *flags):
@@ -74,14 +75,32 @@ def test_hyperparameters_of_the_field_come_from_the_data(mels):
 
 
 @pytest.mark.parametrize(
-    ("charges", "processes", "more"), [(12, 1, 8), (12, 2, 2), (4, 1, 0), (None, 2, 0), (13, 2, 3)]
+    ("charges", "processes", "more", "total"),
+    [(12, 1, 8, 12), (12, 2, 2, 12), (4, 1, 0, 4), (None, 2, 0, 8), (13, 2, 3, 14)],
 )
-def test_the_field_has_as_many_charges_as_are_wanted(charges, processes, more):
+def test_the_field_has_as_many_charges_as_are_wanted(charges, processes, more, total):
     """The batches of all processes and what each reads besides; an odd one more where they do not divide."""
     args = SimpleNamespace(objective="field", train_batch_size=4, field_batch_size=charges)
     data = SimpleNamespace(train=SimpleNamespace())
-    train_unet.prepare_charges(args, data, processes)
+    assert train_unet.prepare_charges(args, data, processes) == total
     assert data.train.extra == more
+
+
+@pytest.mark.parametrize("charges", [[], ["--field_batch_size=20"]])
+@pytest.mark.parametrize("objective", train_unet.WITH_CHARGES)
+def test_validation_has_the_same_charges_whatever_the_batches(mels, tmp_path, objective, charges):
+    flags = [f"--objective={objective}", "--validation_steps=1", *charges]
+    args = train_unet.parse_args([f"--config={RECIPE}", f"--dataset_name={mels}", f"--output_dir={tmp_path}", *flags])
+    reset_accelerate()
+    data = open_data(args)
+    unet, scheduler = train_unet.make_unet(args, data), train_unet.make_scheduler(args, data)
+    found = []
+    for args.train_batch_size in (1, 3, 8):
+        train_unet.prepare_charges(args, data, 1) if charges else None
+        accelerator = make_accelerator(args)
+        compute_loss = train_unet.make_loss(args, scheduler, data, accelerator)
+        found.append(validation_losses(args, accelerator, unet, data, compute_loss)["validation_loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", train_unet.OBJECTIVES)

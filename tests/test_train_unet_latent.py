@@ -147,7 +147,8 @@ def test_text_without_an_autoencoder_and_the_other_way_round(mels, latents, word
 
 
 def test_resumed_equals_uninterrupted(mels, vae, words, tmp_path):
-    flags = (f"--vae={vae}", f"--text_encoder={words}", "--num_validation_samples=0", "--prompt_dropout=0.5")
+    flags = (f"--vae={vae}", f"--text_encoder={words}", "--num_validation_samples=2", "--prompt_dropout=0.5")
+    flags += ("--validation_steps=4", "--validation_metrics", "fad")
     flags += ("--gradient_accumulation_steps=1", "--max_train_steps=4", "--checkpointing_steps=2")
     whole = train(tmp_path / "whole", mels, *flags)
     shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
@@ -192,7 +193,7 @@ def test_the_loss_on_the_fly_is_that_of_the_dataset(mels, latents, vae, objectiv
         coder = encode_on_the_fly(args, data) if flags else None
         unet, scheduler = train_unet.make_unet(args, data), train_unet.make_scheduler(args, data)
         compute_loss = train_unet.make_loss(args, scheduler, data, Accelerator(), coder)
-        losses.append(compute_loss(unet.eval(), data.train.get(positions), make_generators(0, "noise", positions)))
+        losses.append(compute_loss(unet.train(), data.train.get(positions), make_generators(0, "noise", positions)))
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
     losses[1].backward()
     assert not any(parameter.grad is not None for parameter in coder.parameters())

@@ -109,7 +109,20 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         sys.exit(printable(f"error: {where}: {error.strerror or error}"))
     except Interrupted as interrupted:
         sys.exit(interrupted.status)
+    except RuntimeError as error:
+        if not _between_processes(error):
+            raise
+        sys.exit(f"error: this process cannot reach the others; has one ended, or does it hang? {first_line(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _between_processes(error: RuntimeError) -> bool:
+    """Whether an error comes from what connects the processes of a run."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available():
+        return False
+    # Those of gloo have no type of their own.
+    return isinstance(error, distributed.DistError) or (distributed.is_initialized() and "gloo" in str(error))

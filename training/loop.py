@@ -2,18 +2,20 @@
 
 import copy
 import json
+import os
 import resource
 import sys
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, gather_object
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -34,8 +36,19 @@ from tonefield.training.interruption import REASONS, Interruption, interrupted
 from tonefield.training.randomness import derive_seed, make_generators
 
 
+# How long a process waits for the others. The first one alone encodes captions and makes samples meanwhile. (It need
+# not wait for one that has ended: that closes its connections.)
+PATIENCE = timedelta(hours=1)
+
+# What else `accelerate launch` can be told to train with, and the variable that says so.
+OTHER_ENGINES = {"DeepSpeed": "DEEPSPEED", "FSDP": "FSDP", "Megatron-LM": "MEGATRON_LM"}
+
+
 def make_accelerator(args) -> Accelerator:
     """Accelerate as the flags describe it. The schedule advances once an optimizer step, whatever the processes."""
+    for engine, name in OTHER_ENGINES.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(f"The launcher asks for {engine}, with which this does not train: use --multi_gpu (DDP).")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     tracker = args.report_to
     if tracker in LoggerType.list() and tracker not in ("all", *map(str, get_available_trackers())):
@@ -47,6 +60,7 @@ def make_accelerator(args) -> Accelerator:
             log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # a tracker that is unknown, or a precision that the device lacks
         raise UserError(first_line(error)) from None

@@ -89,13 +89,13 @@ def with_metrics(
 
 @torch.no_grad()
 def held_out_mels(
-    data: TrainingData, size: int, to_mels: Callable[[torch.Tensor], torch.Tensor] | None = None
+    data: TrainingData, size: int, to_mels: Callable[[dict], torch.Tensor] | None = None
 ) -> tuple[list[np.ndarray], int]:
     """The sounds of the held-out mels, made audible as those of a network are."""
     assert data.mel is not None
     generator, sounds = torch.Generator().manual_seed(0), []
     for batch in data.validation_batches(size):
-        mels = batch["clean"] if to_mels is None else to_mels(batch["clean"])
+        mels = batch["clean"] if to_mels is None else to_mels(batch)
         sounds += list(data.mel.decode(mels.float().cpu(), generator=generator).clamp(-1, 1).numpy())
     return sounds, data.mel.config.sample_rate
 

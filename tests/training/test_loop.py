@@ -18,7 +18,7 @@ from tonefield.command_line import UserError
 from tonefield.training import objectives
 from tonefield.training.data import EndlessRows, EndlessStream, ReadPictures, Shares, TrainingData, open_data
 from tonefield.training.interruption import REASONS, Interruption
-from tonefield.training.loop import Average, make_accelerator
+from tonefield.training.loop import OTHER_ENGINES, Average, make_accelerator
 from tonefield.training.randomness import make_generators, uniform
 from tonefield.training.validation import spread_labels
 
@@ -206,6 +206,13 @@ def test_allotted_time_is_in_hours():
     assert Interruption(None).deadline == math.inf
 
 
+@pytest.mark.parametrize("engine", OTHER_ENGINES)
+def test_other_engines_are_refused(tmp_path, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{OTHER_ENGINES[engine]}", "true")
+    with pytest.raises(UserError, match=f"asks for {engine}, .*use --multi_gpu"):
+        make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}"]))
+
+
 def test_tf32(tmp_path):
     for flag, wanted in (("--allow_tf32", True), ("--no-allow_tf32", False)):
         make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}", flag]))
@@ -229,6 +236,7 @@ def test_a_class_is_attracted_by_its_own_charges(objective):
         data.class_names = names.class_names if classes is None else []
         rows = torch.arange(8) if classes is None else (labels == classes).nonzero()[:, 0]
         batch = {"clean": clean[rows]} | ({"class_labels": labels} if classes is None else {})
+        data.validation_batches = lambda size: [batch]
         generators = make_generators(0, "noise", rows.tolist())
         if classes is not None:
             uniform(len(rows), generators)  # which labels to withhold is drawn from them first

@@ -1,0 +1,80 @@
+"""Several processes that train together, over gloo on the CPU. They are started once and do one run after another."""
+
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(rank: int, count: int, connection) -> None:
+    """One of the processes: runs each script that it is sent, and answers with its output and what went wrong."""
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+    import torch
+    from training_runs import reset_accelerate
+
+    torch.set_num_threads(1)
+    while job := connection.recv():
+        name, argv, os.environ["MASTER_PORT"] = job
+        reset_accelerate()
+        output, error = io.StringIO(), None
+        try:
+            script = importlib.import_module(name)
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                script.main(script.parse_args(argv))
+        except BaseException:
+            error = traceback.format_exc()
+        connection.send((output.getvalue(), error))
+
+
+class ProcessGroup:
+    """`count` processes. A run in which one of them fails is an error, and ends them all."""
+
+    def __init__(self, count: int):
+        context = multiprocessing.get_context("spawn")
+        self.count, self.connections, self.processes = count, [], []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=_work, args=(rank, count, theirs)))
+            self.processes[-1].start()
+            theirs.close()
+            self.connections.append(ours)
+
+    def train(self, output, dataset, *flags, config=None, script) -> Path:
+        """Like `training_runs.train`, in all processes. What they said is in `self.said`."""
+        argv = [f"--dataset_name={dataset}", f"--output_dir={output}", *flags]
+        self.run(script, [f"--config={config}"] * (config is not None) + argv)
+        return Path(output)
+
+    def run(self, script, argv: list[str], of_last: tuple[str, ...] = (), seconds: float = 600) -> None:
+        """A script with the same flags in each process, but for those `of_last`, of the last one alone."""
+        port = str(free_port())
+        for rank, connection in enumerate(self.connections):
+            connection.send((script.__name__, argv + list(of_last) * (rank == self.count - 1), port))
+        self.said = []
+        for rank, connection in enumerate(self.connections):
+            try:
+                output, error = connection.recv() if connection.poll(seconds) else ("", "it does not end")
+            except EOFError:
+                output, error = "", "it died"
+            self.said.append(output)
+            if error:
+                self.close()
+                raise AssertionError(f"process {rank} of {self.count}: {error}\n{output}")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
