@@ -28,7 +28,7 @@ class SoundClassifierOutput(BaseOutput):
 
 class SoundClassifier(ModelMixin, ConfigMixin):
     r"""
-    Tells the classes of sounds apart: a convolutional network on mels, which keep the absolute level.
+    Tells the classes of sounds apart: a convolutional network on mels.
 
     Each block halves bands and frames. The mean and the maximum of what is left are the features. `evaluate.py
     train-classifier` trains it.

@@ -133,6 +133,14 @@ def _interval(value: float, error: float) -> tuple[float, float] | None:
     return (value - 1.96 * error, value + 1.96 * error) if np.isfinite(error) else None
 
 
+def _below_zero(interval: tuple[float, float] | None) -> list[str]:
+    if interval is None or interval[1] >= 0:
+        return []
+    return [
+        "the sets are more alike than independent ones can be: do they hold takes or pieces of the same recordings?"
+    ]
+
+
 def kad(comparison: Comparison) -> dict[str, Any]:
     """Kernel audio distance (Chung et al. 2025): 100 times the distance with a Gaussian kernel as wide as the
     reference."""
@@ -142,10 +150,12 @@ def kad(comparison: Comparison) -> dict[str, Any]:
     bandwidth = reference.memo["bandwidth"]
     kernel = statistics.gaussian_kernel(bandwidth)
     value, error = _kernel_distance(comparison, f"gaussian {bandwidth}", kernel)
+    interval = _interval(100 * value, 100 * error)
     return {
         "value": 100 * value,
-        "interval": _interval(100 * value, 100 * error),
+        "interval": interval,
         "bandwidth": bandwidth,
+        "warnings": _below_zero(interval),
     } | _sizes(reference, generated)
 
 
@@ -153,7 +163,8 @@ def kid(comparison: Comparison) -> dict[str, Any]:
     """Kernel distance with the polynomial kernel: of all clips, and over subsets of 1000 as it is published."""
     reference, generated = _thinned(comparison)
     value, error = _kernel_distance(comparison, "polynomial", statistics.polynomial_kernel)
-    result = {"value": value, "interval": _interval(value, error)} | _sizes(reference, generated)
+    interval = _interval(value, error)
+    result = {"value": value, "interval": interval, "warnings": _below_zero(interval)} | _sizes(reference, generated)
     if comparison.options.bootstrap:
         mean, spread = statistics.kid(
             reference.rows, generated.rows, seed=comparison.options.seed, device=comparison.options.device or "cpu"

@@ -213,7 +213,7 @@ def frechet_interval(
     rng = np.random.default_rng(seed)
     deviations = frechet_bootstrap(*x[:2], y[2], resamples, rng) + frechet_bootstrap(*y[:2], x[2], resamples, rng)
     low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
-    return float(value + low), float(value + high)
+    return max(0.0, float(value + low)), float(value + high)  # no distance is below zero
 
 
 class Extrapolation(NamedTuple):

@@ -89,7 +89,9 @@ def test_noise_is_seen_and_two_halves_are_alike(folders):
     for one, other in zip(report["results"], noisy["results"], strict=True):
         assert one["value"] < other["value"]
     kad = report["results"][1]
-    assert kad["interval"][0] < 0 < kad["interval"][1] and noisy["results"][1]["interval"][0] > 0
+    assert (
+        kad["interval"][0] < 0 < kad["interval"][1] and not kad["warnings"] and noisy["results"][1]["interval"][0] > 0
+    )
     assert any("not distinguishable from sampling noise" in w for w in report["warnings"])
     assert not any("not distinguishable" in w for w in noisy["warnings"])
 
@@ -97,8 +99,10 @@ def test_noise_is_seen_and_two_halves_are_alike(folders):
 def test_a_set_and_itself(folders):
     real = AudioSet.open(folders / "real")
     order = np.random.default_rng(0).permutation(40)
-    report = evaluate(real, real.subset(order), ["fad", "kad"])
-    assert abs(values(report, metric="fad")[0]) < 1e-6
+    report = evaluate(real, real.subset(order), ["fad", "kad", "kid"])
+    assert abs(values(report, metric="fad")[0]) < 1e-6 and report["results"][0]["interval"][0] == 0
+    alike = [r["metric"] for r in report["results"] if any("more alike" in w for w in r["warnings"])]
+    assert alike == ["kad", "kid"] and max(r["interval"][1] for r in report["results"][1:]) < 0
     assert any(": 40 files are in" in warning for warning in report["warnings"])
     assert values(evaluate(real, real, ["fad"]))[0] == pytest.approx(0, abs=1e-9)
 

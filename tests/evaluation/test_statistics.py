@@ -10,6 +10,7 @@ import torch
 from tonefield.evaluation.statistics import (
     GaussianStats,
     effective_rows,
+    frechet_bootstrap,
     frechet_distance,
     frechet_infinity,
     frechet_interval,
@@ -197,7 +198,27 @@ def test_an_interval_is_as_wide_as_the_value_scatters():
         assert low < value < high
         widths.append(high - low)
     assert np.mean(widths) == pytest.approx(np.subtract(*np.quantile(values, [0.975, 0.025])), rel=0.2)
-    assert frechet_interval(value, *sets, 50, 1) == frechet_interval(value, *sets, 50, 1)
+    again = frechet_interval(value, *sets, 50, 1)
+    assert again == frechet_interval(value, *sets, 50, 1)
+    moved = [(rows + 1000, counts, GaussianStats.of(rows + 1000)) for rows, counts, _ in sets]
+    assert frechet_interval(value, *moved, 50, 1) == pytest.approx(again, rel=1e-6)  # where both lie is nothing to it
+
+
+def test_of_large_sets_fewer_clips_are_drawn_and_the_interval_is_as_wide():
+    rng = np.random.default_rng(9)
+    rows, counts, other = rng.normal(size=(400, 3)), np.ones(400, int), GaussianStats.of(rng.normal(size=(99, 3)) + 1)
+    all_clips, some = (frechet_bootstrap(rows, counts, other, 400, rng, most).std() for most in (400, 40))
+    assert some == pytest.approx(all_clips, rel=0.2)
+
+
+def test_an_interval_knows_the_chance_of_either_set():
+    rng = np.random.default_rng(10)
+    few, many = [
+        (rows, np.ones(len(rows), int), GaussianStats.of(rows))
+        for rows in (rng.normal(size=(30, 2)), rng.normal(size=(3000, 2)) + 2)
+    ]
+    widths = [np.subtract(*frechet_interval(9.0, *sets, 200, 0)[::-1]) for sets in ((few, many), (many, few))]
+    assert widths[0] == pytest.approx(widths[1], rel=0.2)
 
 
 def test_rows_of_one_clip_count_by_what_they_add():
@@ -301,6 +322,8 @@ def test_the_bandwidth_is_the_reference_s():
     many = rng.normal(size=(3000, 5))
     assert median_distance(many) == median_distance(many) != median_distance(many, seed=1)
     assert median_distance(many) == pytest.approx(np.median(pairs), rel=0.1)
+    corners = [median_distance(np.eye(3), seed, pairs=2) for seed in range(20)]
+    assert corners == pytest.approx([2**0.5] * 20)  # no row is drawn with itself
     with pytest.raises(ValueError, match="are all rows the same"):
         kernel_distance(np.ones((5, 2)), y[:, :2])
     with pytest.raises(ValueError, match="two clips of each set, not 1"):
