@@ -166,7 +166,7 @@ def inference_job(folder: Path) -> Job:
     def listed(out: Path) -> set:
         names = []
         for file in out.glob("manifest*.jsonl"):
-            for line in file.read_text().splitlines():
+            for line in file.read_text(errors="replace").splitlines():
                 try:
                     names.append(json.loads(line)["file_name"])
                 except ValueError:

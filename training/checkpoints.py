@@ -84,11 +84,11 @@ class Checkpoints:
                 content["checksum"] = checksum_of(content)
                 (partial / "state.json").write_text(json.dumps(content, indent=1))
                 replace_folder(partial, final)  # what has the name was damaged and skipped, or the run goes over it
-                self._prune(step)
+                self.prune(step)
             accelerator.wait_for_everyone()
         return final
 
-    def _prune(self, step: int) -> None:
+    def prune(self, step: int) -> None:
         """Keeps the newest ones up to `step`. Later ones, which are damaged or given up, count for nothing."""
         if self.limit is not None:
             so_far = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]

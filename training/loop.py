@@ -283,6 +283,8 @@ def train(
         step, resume_at = state["step"], state["resume_at"]
         if average:
             average.ema.optimization_step = state["ema_step"]
+        if accelerator.is_main_process:
+            checkpoints.prune(step)  # the run before may have been stopped while it did
         accelerator.print(f"continuing from {path}, step {step}")
     if args.report_to != "none":
         flags = {name: value for name, value in vars(args).items() if value is not None}

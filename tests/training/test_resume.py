@@ -206,7 +206,9 @@ def test_latest_without_a_checkpoint_begins(uninterrupted, mels, tmp_path, caplo
 
 def test_a_run_that_has_ended_only_writes_the_pipeline(uninterrupted, mels, tmp_path):
     shutil.copytree(uninterrupted / "checkpoint-8", tmp_path / "checkpoint-8")
-    train(tmp_path, mels, "--resume_from_checkpoint=latest")
+    (tmp_path / "checkpoint-6").mkdir()  # half removed
+    train(tmp_path, mels, "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1")
+    assert not (tmp_path / "checkpoint-6").exists()
     for name, value in weights(uninterrupted).items():
         torch.testing.assert_close(weights(tmp_path)[name], value, rtol=0, atol=0)
 
