@@ -17,6 +17,9 @@ RECORD_COLUMN = "front_end"
 
 CODEC_FOLDER = "codec"  # within a dataset of tokens: the audio tokenizer that made them
 
+# Of a dataset on the disk that is streamed: most numbers of processes divide it.
+STREAM_SHARDS = 240
+
 LOOSE_FILES = (
     "it consists of loose audio files, for which the datasets library wants torchcodec. Download them (hf download"
     " --repo-type dataset NAME --local-dir DIR) and give --input_dir DIR instead of --dataset_name."
@@ -51,7 +54,9 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
                 if split not in dataset:
                     raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, dataset))}.")
                 dataset = dataset[split]
-            return dataset.to_iterable_dataset() if streaming else dataset
+            if not streaming:
+                return dataset
+            return dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset))))
         dataset = load_dataset(name, config, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:  # not there, no network, no such split
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error

@@ -26,14 +26,15 @@ def add_data_arguments(
         "--streaming",
         action=BooleanOptionalAction,
         default=False,
-        help="read it as it arrives instead of downloading it first; every process reads it all",
+        help="read it as it arrives instead of downloading it first; processes divide its shards if they can be dealt out"
+        " evenly, otherwise every process reads it all",
     )
     group.add_argument(
         "--shuffle_buffer",
         type=int,
         default=1000,
         metavar="N",
-        help="rows among which a streamed dataset is shuffled (default: %(default)s)",
+        help="rows among which each process shuffles a streamed dataset (default: %(default)s)",
     )
     group.add_argument("--max_train_samples", type=int, metavar="N", help="use the first N rows only")
     group.add_argument(
@@ -48,7 +49,7 @@ def add_data_arguments(
         type=int,
         default=0,
         metavar="N",
-        help="processes that read the data (default: none but the training's own)",
+        help="processes that read the data, of a stream up to 8 (default: none but the training's own)",
     )
     return group
 

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from tonefield.command_line import UserError
 from tonefield.data.loading import load_split, read_record
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.interruption import leave_signals_to_the_trainer
+from tonefield.training.lanes import Lane, columns_of
 from tonefield.training.randomness import derive_seed, make_generators, uniform
 
 
@@ -27,6 +28,9 @@ SIGMA_DATA = 0.5
 
 # The posterior of a mel in a dataset of latents (`training/latents.py`): scaled, hence of unit variance over all rows.
 LATENT_COLUMNS = ("latents", "latents_std")
+
+
+MOST_LANES = 8  # into which a process divides what it reads of a stream, hence the most workers
 
 
 @dataclass(frozen=True)
@@ -99,41 +103,84 @@ class EndlessRows(Dataset):
 
 
 class EndlessStream(IterableDataset):
-    """The same for a dataset without a length. It is read from the start of an epoch to find a place in it again."""
+    """
+    The same for a dataset without a length, which is read shard by shard.
 
-    def __init__(self, rows: datasets.IterableDataset, read: Callable, seed: int, buffer_size: int):
-        self.rows, self.read = rows.shuffle(seed=derive_seed(seed, "order") % 2**32, buffer_size=buffer_size), read
-        self.shares, self.step, self.start, self.extra = Shares(1), 0, (0, 0), 0
+    Shards that can be dealt out evenly are read by one process each. Otherwise every process reads everything, and
+    leaves the shares of the others. What a process reads is dealt out again, to lanes that take turns with a batch
+    each: a worker reads some of the lanes, and how many workers there are changes nothing.
+    """
 
-    def _endless(self, epoch: int, skip: int) -> Iterator[tuple[dict, tuple[int, int]]]:
-        while True:
-            self.rows.set_epoch(epoch)
-            place = -1
-            for place, row in enumerate(self.rows):
-                if place >= skip:
-                    yield row, (epoch, place + 1)
-            if place < 0:
-                raise UserError("The dataset has no rows.")
-            epoch, skip = epoch + 1, 0
+    def __init__(
+        self, rows: datasets.IterableDataset, read: Callable, seed: int, buffer_size: int, divide: bool = True
+    ):  # fmt: skip
+        self.rows, self.read, self.seed, self.buffer_size = rows, read, seed, buffer_size
+        self.num_shards, self.extra = rows.num_shards if divide else 1, 0
+
+    def _divide(self, shares: Shares) -> None:
+        """Which shards the lanes of this process have."""
+        own = self.num_shards % shares.num_processes == 0
+        mine = list(range(self.num_shards))[shares.process :: shares.num_processes] if own else range(self.num_shards)
+        count = largest_divisor(len(mine), MOST_LANES) if own else 1
+        self.shards = [list(mine[lane::count]) if self.num_shards > 1 else None for lane in range(count)]
+        self.divided = {"processes": shares.num_processes if own else 1, "shards": self.num_shards}
+        owner = shares.process if own else 0
+        self.seeds = [derive_seed(self.seed, "lane", owner, lane) for lane in range(count)]
+        self.others = (0, 0) if own else (shares.process, shares.num_processes - 1 - shares.process)
 
     def __iter__(self) -> Iterator[dict]:
-        shares, size = self.shares, self.shares.batch_size
-        rows = self._endless(*self.start)
-        for step in itertools.count(self.step):
-            for micro in range(shares.accumulation):
-                together = list(itertools.islice(rows, size * shares.num_processes))
-                mine = together[shares.process * size :][:size]
-                columns = {name: [row[name] for row, _ in mine] for name in mine[0][0]}
-                # Where the next step begins, for a checkpoint after this one.
-                yield self.read(columns, shares.positions(step, micro)) | {"resume_at": together[-1][1]}
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        size, lanes = self.shares.batch_size, {}
+        for batch in itertools.count(self.first + first, every):
+            number = batch % len(self.shards)
+            if number not in lanes:
+                block = -(-self.buffer_size // len(self.shards))
+                lanes[number] = Lane(
+                    self.rows, self.shards[number], self.seeds[number], block, self.places[number]
+                )  # fmt: skip
+            lane = lanes[number]
+            lane.take(self.others[0] * size)
+            mine = lane.take(size)
+            lane.take(self.others[1] * size)
+            positions = self.shares.positions(*divmod(batch, self.shares.accumulation))
+            yield self.read(columns_of(mine), positions) | {"lane": (number, lane.place)}
 
-    def batches(self, shares: Shares, step: int, num_workers: int = 0, resume_at: dict | None = None) -> DataLoader:
-        self.shares, self.step, self.start = shares, step, tuple(resume_at or (0, 0))
-        # A stream has one order, hence one reader.
-        return DataLoader(
-            self, batch_size=None, num_workers=min(num_workers, 1), generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_the_trainer,
+    def batches(
+        self, shares: Shares, step: int, num_workers: int = 0, resume_at: dict | None = None
+    ) -> Iterator[dict]:
+        """This process's batches from a step on, each with where the next one is: what `resume_at` is."""
+        self._divide(shares)
+        if resume_at and resume_at["divided"] != self.divided:
+            raise UserError(
+                "The checkpoint is of a stream of {shards} shards, divided among {processes}".format(
+                    **resume_at["divided"]
+                )
+                + " processes, this one has {shards} among {processes}: use the same number of processes.".format(
+                    **self.divided
+                )
+            )
+        self.shares, self.first = shares, step * shares.accumulation
+        self.places = list(resume_at["lanes"]) if resume_at else [(0, 0, 0, 0)] * len(self.shards)
+        return self._with_places(
+            DataLoader(
+                self, batch_size=None, num_workers=largest_divisor(len(self.shards), num_workers),
+                generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+                worker_init_fn=leave_signals_to_the_trainer,
+            )
         )  # fmt: skip
+
+    def _with_places(self, loader: DataLoader) -> Iterator[dict]:
+        places = list(self.places)
+        for batch in loader:
+            lane, place = batch.pop("lane")
+            places[lane] = place
+            yield batch | {"resume_at": {"divided": self.divided, "lanes": list(places)}}
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above `most`; 0 if that is 0."""
+    return max((divisor for divisor in range(1, most + 1) if number % divisor == 0), default=0)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -220,7 +267,7 @@ def posterior_noise(shape: Sequence[int], positions: list[int], seed: int) -> to
 def labels_of(columns: dict, name: str | None) -> dict:
     if name is None:
         return {}
-    labels = [-1 if label is None else int(label) for label in columns[name]]
+    labels = [-1 if label is None or label != label else int(label) for label in columns[name]]  # NumPy has NaN
     return {"class_labels": torch.tensor(labels)}
 
 
@@ -308,7 +355,7 @@ def open_data(args, caption_column: str | None = None) -> TrainingData:
     if validation is not None:
         validation = validation.select_columns(columns)
     if args.streaming:
-        train = EndlessStream(rows, read, args.seed, args.shuffle_buffer)
+        train = EndlessStream(rows, read, args.seed, args.shuffle_buffer, args.max_train_samples is None)
     else:
         train = EndlessRows(rows if pictures else rows.with_format("numpy"), read, args.seed)
     return TrainingData(train, validation, read, shape, sigma_data, class_names, mel, vae)

@@ -280,7 +280,8 @@ def train(
     if found:
         path, state = found
         checkpoints.restore(path)
-        step, resume_at = state["step"], state["resume_at"]
+        step, places = state["step"], state["resume_at"] or [None]  # one of each process
+        resume_at = places[min(shares.process, len(places) - 1)]
         if average:
             average.ema.optimization_step = state["ema_step"]
         if accelerator.is_main_process:
@@ -293,7 +294,7 @@ def train(
 
     def save() -> None:
         ema_step = average.ema.optimization_step if average else 0
-        checkpoints.save(step, {"resume_at": resume_at, "ema_step": ema_step, "run": run})
+        checkpoints.save(step, {"resume_at": gather_object([resume_at]), "ema_step": ema_step, "run": run})
 
     def report(values: dict[str, float]) -> None:
         accelerator.log(values, step=step)

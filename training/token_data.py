@@ -162,7 +162,7 @@ def open_tokens(args, layout: str = "parallel", words: Callable | None = None) -
         windows = [(row, start) for row, count in enumerate(held_out) for start in range(0, int(count), num_frames)]
         validation = validation.with_format("numpy")
     if args.streaming:
-        train = EndlessStream(rows, read, args.seed, args.shuffle_buffer)
+        train = EndlessStream(rows, read, args.seed, args.shuffle_buffer, args.max_train_samples is None)
     else:
         train = EndlessRows(rows.with_format("numpy"), read, args.seed)
     mean_frames = float(np.minimum(frames, num_frames).mean())

@@ -95,7 +95,7 @@ def test_processes_and_micro_batches_divide_a_step(stream):
         start = share.process * 3
         assert parts == [whole[start : start + 3], whole[6 + start : 9 + start]]
         # And goes on where the step ended.
-        resume_at = tuple(last["resume_at"]) if stream else None
+        resume_at = last.get("resume_at")
         assert taken(share, 1, 1, resume_at)[0] == [second[start : start + 3]]
 
 
