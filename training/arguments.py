@@ -26,8 +26,8 @@ def add_data_arguments(
         "--streaming",
         action=BooleanOptionalAction,
         default=False,
-        help="read it as it arrives instead of downloading it first; processes divide its shards if they can be dealt out"
-        " evenly, otherwise every process reads it all",
+        help="read it as it arrives instead of downloading it first; processes divide its shards if they can"
+        " be dealt out evenly, otherwise every process reads it all",
     )
     group.add_argument(
         "--shuffle_buffer",
