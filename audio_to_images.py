@@ -131,7 +131,10 @@ def main(args: argparse.Namespace) -> None:
     converter = MelConverter(mel, source.features, args.pad, args.silence_db, args.loudness, args.save_images)
     settings = {"pad": args.pad, "save_images": args.save_images, "front_end": converter.front_end_settings}
     add_files = (lambda folder: preview(args, mel, folder)) if args.previews else None
-    end(args, build_dataset(args, source, converter, settings, "slices", add_files))
+    end(
+        args,
+        build_dataset(args, parse_args(["--dataset_name=none"]), source, converter, settings, "slices", add_files),
+    )
 
 
 def preview(args: argparse.Namespace, mel, dataset_folder: Path) -> None:
@@ -140,16 +143,19 @@ def preview(args: argparse.Namespace, mel, dataset_folder: Path) -> None:
 
     from tonefield.data.loading import load_split
     from tonefield.data.pictures import draw_mels
+    from tonefield.data.publishing import PREVIEWS, preview_title, spread
 
-    folder = dataset_folder / "previews"
+    folder = dataset_folder / PREVIEWS
     folder.mkdir()
     dataset = load_split(str(dataset_folder)).with_format("torch")
-    count = min(args.previews, len(dataset))
-    rows = dataset[[index * len(dataset) // count for index in range(count)]]
+    rows = dataset[spread(len(dataset), args.previews)]
     mels = torch.as_tensor(rows["mel"])
     reference = torch.as_tensor(rows["ref_db"]) if "ref_db" in rows else None
     sounds = mel.decode(mels, generator=torch.Generator().manual_seed(args.seed), reference=reference)
-    titles = [f"{name} #{index}" for name, index in zip(rows["audio_file"], rows["slice"].tolist(), strict=True)]
+    titles = [
+        preview_title({"audio_file": name, "slice": index})
+        for name, index in zip(rows["audio_file"], rows["slice"], strict=True)
+    ]
     draw_mels(mels[:16], mel, folder / "overview.png", titles)
     for index, sound in enumerate(sounds):
         draw_mels(mels[index : index + 1], mel, folder / f"{index:03d}.png", titles[index : index + 1])

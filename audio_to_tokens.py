@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
         if args.previews:
             preview(args, codec, folder)
 
-    end(args, build_dataset(args, source, converter, settings, "recordings", add_files))
+    defaults = parse_args(["--dataset_name=none", "--codec=none"])
+    end(args, build_dataset(args, defaults, source, converter, settings, "recordings", add_files))
 
 
 def preview(args: argparse.Namespace, codec, dataset_folder: Path) -> None:
@@ -111,18 +112,19 @@ def preview(args: argparse.Namespace, codec, dataset_folder: Path) -> None:
 
     from tonefield.data.loading import load_split
     from tonefield.data.pictures import draw_sounds
+    from tonefield.data.publishing import PREVIEWS, preview_title, spread
 
-    folder = dataset_folder / "previews"
+    folder = dataset_folder / PREVIEWS
     folder.mkdir()
     dataset = load_split(str(dataset_folder))
-    count, frames = min(args.previews, len(dataset)), codec.num_frames(PREVIEW_SECONDS * codec.sampling_rate)
-    for index in range(count):
-        row = dataset[index * len(dataset) // count]
+    places, frames = spread(len(dataset), args.previews), codec.num_frames(PREVIEW_SECONDS * codec.sampling_rate)
+    for index, place in enumerate(places):
+        row = dataset[place]
         codes = torch.tensor(row["codes"])[None, :, :frames].to(codec.device)
         sound = codec.decode(codes)[0, : row["num_samples"]].clamp(-1, 1).cpu()
-        draw_sounds(sound[None], codec.sampling_rate, folder / f"{index:03d}.png", [row["audio_path"]])
+        draw_sounds(sound[None], codec.sampling_rate, folder / f"{index:03d}.png", [preview_title(row)])
         write_sound(folder / f"{index:03d}.wav", sound.numpy(), codec.sampling_rate)
-    print(f"{count} recordings drawn and turned back into sound in {Path(args.output_dir, 'previews')}")
+    print(f"{len(places)} recordings drawn and turned back into sound in {Path(args.output_dir, PREVIEWS)}")
 
 
 if __name__ == "__main__":

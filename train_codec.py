@@ -178,28 +178,33 @@ def show(pairs: list[tuple], mel, folder: Path, step: int, trackers: list) -> No
         track(tracker, picture, sounds, rate, step)
 
 
-def write_codec(args, folder: Path, codec, about: dict) -> None:
+def write_codec(args, accelerator, folder: Path, codec, about: dict, repository: str) -> None:
     """The codec, a card, and how it was made."""
+    from tonefield.training.publishing import last_metrics, training_facts, write_card
+
     codec.save_pretrained(folder)
     write_text(folder / "training.json", json.dumps({"flags": vars(args)} | about, indent=1, default=str))
-    card = f"""---
-tags: [tonefield, audio, codec]
----
-# {folder.resolve().name}
-
-An audio codec, {codec.sampling_rate} Hz mono to {codec.sampling_rate / codec.hop_length:g} x {codec.num_codebooks}
-codes a second out of {codec.codebook_size}, with {codec.num_parameters():,} parameters.
-
-```python
-from tonefield.models import load_audio_tokenizer
-
-codec = load_audio_tokenizer("{folder.resolve().name}")
-codes = codec.encode(waveform, sampling_rate)
-waveform = codec.decode(codes)
-```
-"""
-    if not (folder / "README.md").exists():
-        write_text(folder / "README.md", card)
+    name = repository or folder.resolve().name
+    rate, books = codec.sampling_rate / codec.hop_length, codec.num_codebooks
+    titles = [f"recording {index}, from its codes" for index in range(args.num_validation_samples)]
+    facts = training_facts("train_codec.py", args, parse_args(["--dataset_name=none"]), accelerator, titles)
+    measured = last_metrics(folder / "metrics.jsonl")
+    for key in ("si_sdr_db", "spectral_distance_db", "mel_distance_db"):
+        facts[f"held out: {key.removesuffix('_db')}"] = f"{measured[key]:.2f} dB" if key in measured else None
+    shown = []
+    for path, title in facts["samples"] or []:
+        index = path.removesuffix(".wav").rpartition("-")[2]
+        shown += [(f"samples/original-{index}.wav", f"recording {index}")] if path.endswith(".wav") else []
+        shown.append((path, title))
+    write_card(
+        folder, name,
+        f"An audio codec, {codec.sampling_rate} Hz mono to {rate:g} x {books} codes a second out of"
+        f" {codec.codebook_size}, with {codec.num_parameters():,} parameters.",
+        facts | {"samples": shown},
+        f'from tonefield.models import load_audio_tokenizer\n\n\ncodec = load_audio_tokenizer("{name}")\n'
+        "codes = codec.encode(waveform, sampling_rate)\nwaveform = codec.decode(codes)",
+        ["codec"], "tonefield",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -252,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
             shutil.rmtree(folder / ".audio")
     if accelerator.is_main_process:
         with writing(folder, CONTINUE):
-            write_codec(args, folder, trained, about)
+            write_codec(args, accelerator, folder, trained, about, repository)
         print(f"the codec is in {folder}")
         if args.push_to_hub:
             publish_folder(folder, repository)

@@ -310,13 +310,23 @@ def make_validation(args, accelerator, scheduler, data, condition):
     return validate
 
 
+def sample_titles(args, data) -> list[str]:
+    """What the sounds of a validation are told: classes, or held-out texts."""
+    from tonefield.training.validation import spread_labels
+
+    labels = spread_labels(args.num_validation_samples, len(data.class_names))
+    if labels is not None:
+        return [data.class_names[label] for label in labels.tolist()]
+    return data.captions(args.num_validation_samples) or []
+
+
 def make_pipeline(args, accelerator, transformer, scheduler, data, text):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import SEDDTokenPipeline
     from tonefield.training.publishing import training_facts
 
     defaults = parse_args(["--dataset_name=none"])
-    card = training_facts("train_sedd.py", args, defaults, accelerator)
+    card = training_facts("train_sedd.py", args, defaults, accelerator, sample_titles(args, data))
     label2id = {name: label for label, name in enumerate(data.class_names)} or None
     return SEDDTokenPipeline(transformer, scheduler, data.codec, *text, card=card, label2id=label2id)
 
@@ -329,7 +339,7 @@ def make_samples(args, accelerator, scheduler, data, text):
 
     count, folder = args.num_validation_samples, Path(args.output_dir, "samples")
     labels, prompts = spread_labels(count, len(data.class_names)), data.captions(count)
-    titles = [data.class_names[label] for label in labels.tolist()] if labels is not None else prompts or []
+    titles = sample_titles(args, data)
 
     def generate(transformer, step: int) -> None:
         if not count:

@@ -312,13 +312,26 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=
     return compute_loss
 
 
-def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, text, pretrained):
+def sample_titles(args, data, texts) -> list[str]:
+    """What the sounds of a validation were told, if there was one."""
+    from tonefield.training.text import some_captions
+    from tonefield.training.validation import spread_labels
+
+    if not Path(args.output_dir, "samples").is_dir():
+        return []
+    if texts is not None:
+        return some_captions(data, args.caption_column, args.num_validation_samples)
+    labels = spread_labels(args.num_validation_samples, len(data.class_names))
+    return [] if labels is None else [data.class_names[label] for label in labels.tolist()]
+
+
+def make_pipeline(args, accelerator, unet, scheduler, data, steps: int, vae, text, pretrained, titles):
     """What is saved and pushed: the trained network with all that belongs to it, and the facts of its model card."""
     from tonefield.pipelines import LatentAudioDiffusionPipeline, MelPFGMPipeline
     from tonefield.training.publishing import training_facts
 
     defaults = parse_args(["--dataset_name=none"])
-    card = training_facts("train_unet.py", args, defaults, accelerator)
+    card = training_facts("train_unet.py", args, defaults, accelerator, titles)
     card |= {"objective": args.objective, "num_inference_steps": steps}
     label2id = {name: label for label, name in enumerate(data.class_names)} or None
     if pretrained is not None:
@@ -468,7 +481,8 @@ def main(args: argparse.Namespace) -> None:
         about = {"flags": vars(args), "class_names": data.class_names} | fixed
         write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         text = (tokenizer, encoder)
-        pipeline = make_pipeline(args, accelerator, result, scheduler, data, steps, vae, text, pretrained)
+        titles = sample_titles(args, data, texts)
+        pipeline = make_pipeline(args, accelerator, result, scheduler, data, steps, vae, text, pretrained, titles)
         if args.lora_rank is not None:
             with writing(folder, CONTINUE):
                 write_lora(args, result, pipeline.config.card, folder, repository)

@@ -260,28 +260,21 @@ def finish(trained, latents: dict):
     return vae.to(trained.device).eval()
 
 
-def write_card(args, folder: Path, vae, quality: dict) -> None:
+def write_vae_card(args, accelerator, folder: Path, vae, quality: dict, repository: str) -> None:
     """README.md, if nobody wrote one."""
-    from huggingface_hub import ModelCardData
+    from tonefield.training.publishing import training_facts, write_card
 
-    from tonefield.pipelines.tonefield_repository import CARD_MARK
-
-    card = folder / "README.md"
-    if card.exists() and CARD_MARK not in card.read_text(encoding="utf-8"):
-        return
-    name = args.hub_model_id or folder.resolve().name
-    dataset = Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name
-    measured = "".join(f"| held out: {key.replace('_db', '')} | {value:.2f} dB |\n" for key, value in quality.items())
-    write_text(
-        card,
-        f"---\n{ModelCardData(library_name='diffusers', tags=['diffusers', 'tonefield', 'audio']).to_yaml()}\n---\n\n"
-        f"{CARD_MARK}\n\n# {name.split('/')[-1]}\n\n"
-        "An `AutoencoderKL` of mel spectrograms, with the front end that makes them.\n\n"
-        f"| | |\n|---|---|\n| dataset | {dataset} |\n| parameters | {vae.num_parameters():,} |\n{measured}\n"
-        "```python\nfrom diffusers import AutoencoderKL\nfrom tonefield import MelSpectrogram\n\n\n"
+    name = repository or folder.resolve().name
+    titles = ["original", "reconstruction"] * args.num_validation_samples
+    facts = training_facts("train_vae.py", args, parse_args(["--dataset_name=none"]), accelerator, titles)
+    facts |= {f"held out: {key.replace('_db', '')}": f"{value:.2f} dB" for key, value in quality.items()}
+    write_card(
+        folder, name, "An `AutoencoderKL` of mel spectrograms, with the front end that makes them.",
+        facts | {"parameters": f"{vae.num_parameters():,}"},
+        "from diffusers import AutoencoderKL\nfrom tonefield import MelSpectrogram\n\n\n"
         f'vae = AutoencoderKL.from_pretrained("{name}", subfolder="vae")\n'
-        f'mel = MelSpectrogram.from_pretrained("{name}", subfolder="mel")\n```\n',
-    )
+        f'mel = MelSpectrogram.from_pretrained("{name}", subfolder="mel")',
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -341,7 +334,7 @@ def main(args: argparse.Namespace) -> None:
         with writing(folder, CONTINUE):
             vae.save_pretrained(folder / "vae")
             mel.save_pretrained(folder / "mel")
-            write_card(args, folder, vae, quality)
+            write_vae_card(args, accelerator, folder, vae, quality, repository)
         about = {"flags": vars(args), "latents": latents, "held_out": quality} | fixed
         write_text(folder / "training.json", json.dumps(about, indent=1, default=str))
         measured = "".join(f", {key.replace('_db', '')} {value:.2f} dB" for key, value in quality.items())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tonefield.command_line import UserError, first_line, make_parser, parse
 from tonefield.command_line import run as run_script
+from tonefield.hub import hub_errors, hub_reason
 
 
 if TYPE_CHECKING:
@@ -34,13 +35,6 @@ FREE_LICENSES = (
     "cc-by-sa-4.0",
     "unlicense",
 )
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the client of the Hub raises without a network, a repository or a right."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    return HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError
 
 
 def importer_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -66,7 +60,7 @@ def find_source(name: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"There is no file or folder {name}, and a name on the Hub has the form USER/NAME.") from None
     except hub_errors() as error:
         raise UserError(
-            f"{name} is neither a file, nor a folder, nor can it be had from the Hub: {first_line(error)}"
+            f"{name} is neither a file, nor a folder, nor can it be had from the Hub: {hub_reason(error)}"
         ) from None
 
 
@@ -169,7 +163,7 @@ def write(converted: Any, args: argparse.Namespace) -> None:
     if isinstance(converted, DiffusionPipeline):
         converted.register_to_config(card=facts)
         converted.save_pretrained(unfinished)
-        card = converted.model_card(name)
+        card = converted.model_card(name, unfinished)
     else:
         converted.save_pretrained(unfinished)
         card = model_card(converted, name, facts)
@@ -200,10 +194,10 @@ def model_card(model: "torch.nn.Module", name: str, facts: Mapping[str, Any]) ->
     """README.md of a single model; a pipeline writes its own."""
     from huggingface_hub import ModelCardData
 
-    from tonefield.pipelines.tonefield_repository import CARD_MARK
+    from tonefield.pipelines.tonefield_repository import CARD_MARK, table
 
     metadata = ModelCardData(library_name="diffusers", tags=["tonefield", "audio"], license=facts["license"])
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value is not None)
+    rows = "".join(f"{row}\n" for row in table(dict(facts)))
     size = sum(parameter.numel() for parameter in model.parameters())
     cls, library = type(model).__name__, type(model).__module__.split(".")[0]
     return (
@@ -230,5 +224,5 @@ def push(args: argparse.Namespace, license: str | None) -> None:
             kept = [] if CARD_MARK in card else ["README.md"]
         upload_folder(repo_id=repository, folder_path=args.target, ignore_patterns=kept)
     except hub_errors() as error:
-        raise UserError(f"The model is in {args.target}, but was not pushed: {first_line(error)}") from None
+        raise UserError(f"The model is in {args.target}, but was not pushed: {hub_reason(error)}") from None
     print(f"pushed to {repository}")

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-from datasets import Features, load_from_disk
-from huggingface_hub import upload_folder
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from datasets import Features
 
-from tonefield.command_line import UserError, first_line, printable
+from tonefield.command_line import UserError, command_of, printable
 from tonefield.data.arguments import SOURCE_SETTINGS
 from tonefield.data.audio_folder import AudioColumn, AudioFolder
 from tonefield.data.dataset_builder import Converter, DatasetBuilder, Result, plan_parts, write_rejects
-from tonefield.data.loading import CODEC_FOLDER, RECORD_COLUMN, load_split, record_feature
+from tonefield.data.loading import RECORD_COLUMN, load_split, record_feature
+from tonefield.data.publishing import publish_dataset
+from tonefield.hub import license_of
 
 
 def open_source(args: argparse.Namespace) -> AudioFolder | AudioColumn:
@@ -30,8 +30,25 @@ def open_source(args: argparse.Namespace) -> AudioFolder | AudioColumn:
     return source
 
 
+# Flags of one machine or one start, which the command in the dataset's card leaves out.
+LOCAL_FLAGS = (
+    "config",
+    "output_dir",
+    "num_proc",
+    "num_shards",
+    "shard_index",
+    "merge",
+    "resume",
+    "strict",
+    "device",
+    "push_to_hub",
+    "hub_private_repo",
+)
+
+
 def build_dataset(
     args: argparse.Namespace,
+    defaults: argparse.Namespace,
     source: AudioFolder | AudioColumn,
     converter: Converter,
     settings: dict,
@@ -43,6 +60,7 @@ def build_dataset(
 
     Args:
         args: The flags of `tonefield.data.arguments`.
+        defaults: The same where none is given.
         settings: What the rows depend on besides the source.
         rows: What the script calls its rows.
         add_files: Puts files into the folder of the dataset before it takes its place.
@@ -74,7 +92,11 @@ def build_dataset(
         )
     record = converter.record(result.sums["train"])
     features = Features(converter.features | {RECORD_COLUMN: record_feature(record)})
-    builder.finish(parts, result, features, add_files)
+    maker = "audio_to_tokens.py" if "codec" in record else "audio_to_images.py"
+    about = {"description": command_of(["python", maker], args, defaults, LOCAL_FLAGS)}
+    if args.dataset_name is not None:
+        about["license"] = license_of(args.dataset_name) or ""
+    builder.finish(parts, result, features, add_files, about)
 
     minutes = f"{result.seconds / 60:.1f} minutes"
     print(f"{sum(result.rows.values())} {rows} from {result.recordings} recordings ({minutes}) in {args.output_dir}: "
@@ -94,19 +116,4 @@ def end(args: argparse.Namespace, result: Result | None) -> None:
     if args.strict and result.rejects:
         raise UserError(f"--strict: {len(result.rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
     if args.push_to_hub:
-        push(args)
-
-
-def push(args: argparse.Namespace) -> None:
-    """Uploads the dataset, with the codec that is part of a dataset of tokens."""
-    repo, private = args.push_to_hub, args.hub_private_repo or None
-    codec = Path(args.output_dir, CODEC_FOLDER)
-    try:
-        load_from_disk(args.output_dir).push_to_hub(repo, private=private)
-        if codec.exists():
-            upload_folder(repo_id=repo, repo_type="dataset", folder_path=codec, path_in_repo=CODEC_FOLDER)
-    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(
-            f"The dataset is complete in {args.output_dir}, but could not be pushed to {repo}: {first_line(error)}"
-        ) from None
-    print(f"pushed to {repo}")
+        publish_dataset(args.output_dir, args.push_to_hub, args.hub_private_repo or None)

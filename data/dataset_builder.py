@@ -389,15 +389,16 @@ class DatasetBuilder:
         result: Result,
         features: Features,
         add_files: Callable[[Path], None] | None = None,
+        about: dict[str, str] | None = None,
     ) -> None:
         """Moves the parts into a folder that `datasets.load_from_disk` reads, and that folder to its place.
 
-        `add_files` puts more into that folder before.
+        `add_files` puts more into that folder before; `about` is what else its `DatasetInfo` says.
         """
         if not self.complete:
             dataset = self.work / "dataset"
             with writing(self.output_dir, RESUME):
-                self._assemble(dataset, parts, result, features)
+                self._assemble(dataset, parts, result, DatasetInfo(features=features, **about or {}))
             if add_files is not None:
                 add_files(dataset)
             with writing(self.output_dir, RESUME):
@@ -407,7 +408,7 @@ class DatasetBuilder:
                 os.replace(dataset, self.output_dir)
         self.discard()
 
-    def _assemble(self, dataset: Path, parts: list[Part], result: Result, features: Features) -> None:
+    def _assemble(self, dataset: Path, parts: list[Part], result: Result, info: DatasetInfo) -> None:
         shutil.rmtree(dataset, ignore_errors=True)
         splits = [split for split in ("train", "validation", "test") if result.rows.get(split)]
         for split in splits:
@@ -418,7 +419,7 @@ class DatasetBuilder:
             names = [f"data-{i:05d}-of-{len(arrows):05d}.arrow" for i in range(len(arrows))]
             for arrow, name in zip(arrows, names, strict=True):
                 _link(arrow, folder / name)  # not moved: a stop in here loses nothing
-            DatasetInfo(features=features).write_to_directory(folder)
+            info.write_to_directory(folder)
             state = {
                 "_data_files": [{"filename": name} for name in names],
                 "_fingerprint": hashlib.sha256(json.dumps([self.settings, split, digests]).encode()).hexdigest()[:16],

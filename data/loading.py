@@ -7,7 +7,8 @@ from typing import Any
 from datasets import ClassLabel, Features, get_dataset_split_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from tonefield.command_line import UserError, first_line
+from tonefield.command_line import UserError
+from tonefield.hub import hub_errors, hub_reason
 
 
 # A dataset's features are the one thing that `save_to_disk`, `push_to_hub`, streaming and every transformation of a
@@ -58,11 +59,11 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
                 return dataset
             return dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset))))
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetsError, OSError, ValueError) as error:  # not there, no network, no such split
+    except (DatasetsError, *hub_errors()) as error:  # not there, no network, no such split
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(reason, ImportError):
-            reason = LOOSE_FILES
-        raise UserError(f"The dataset {name} cannot be loaded: {first_line(reason)}") from None
+            raise UserError(f"The dataset {name} cannot be loaded: {LOOSE_FILES}") from None
+        raise UserError(f"The dataset {name} cannot be loaded: {hub_reason(reason)}") from None
     return dataset
 
 
@@ -74,5 +75,5 @@ def split_names(name: str, config: str | None = None) -> list[str]:
         return ["train"]
     try:
         return list(get_dataset_split_names(name, config))
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"The splits of {name} cannot be listed: {first_line(error)}") from None
+    except (DatasetsError, *hub_errors()) as error:
+        raise UserError(f"The splits of {name} cannot be listed: {hub_reason(error)}") from None

@@ -5,8 +5,10 @@ from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 
 from tonefield.command_line import UserError
+from tonefield.hub import hub_reason
 from tonefield.models.audio_tokenizer_mulaw import MuLawTokenizer
 from tonefield.models.codec_fsq import FSQCodec
 from tonefield.models.codec_transformers import TransformersCodec
@@ -41,16 +43,16 @@ def load_audio_tokenizer(
     subfolder = {"subfolder": kwargs["subfolder"]} if "subfolder" in kwargs else {}
     try:
         config = FSQCodec.load_config(name, **subfolder)
-    except OSError as error:
-        reason = " ".join(str(error).split())
+        for cls in TOKENIZERS:
+            if config.get("_class_name") == cls.__name__:
+                return cls.from_pretrained(name, **{"use_safetensors": True, **kwargs})
+        if "_class_name" not in config and "model_type" in config:
+            return TransformersCodec.from_transformers(name, **kwargs)
+    except (OSError, HTTPError) as error:
         raise OSError(
-            f"{name} is neither 'mulaw', nor a folder or Hub id of an audio tokenizer that can be read: {reason}"
+            f"{name} is neither 'mulaw', nor a folder or Hub id of an audio tokenizer that can be read:"
+            f" {hub_reason(error)}"
         ) from error
-    for cls in TOKENIZERS:
-        if config.get("_class_name") == cls.__name__:
-            return cls.from_pretrained(name, **kwargs)
-    if "_class_name" not in config and "model_type" in config:
-        return TransformersCodec.from_transformers(name, **kwargs)
     raise ValueError(
         f"{name} holds a {config.get('_class_name', 'model of an unknown kind')}, which is no audio tokenizer: those"
         f" are {', '.join(cls.__name__ for cls in TOKENIZERS)}, and EnCodec, DAC and Mimi of transformers."
@@ -86,16 +88,17 @@ def load_vocoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         config = MMAudioVocoder.load_config(name, **kwargs)
         for cls in (MMAudioVocoder, LTX2Vocoder):
             if config.get("_class_name") == cls.__name__:
-                vocoder: Any = cls.from_pretrained(name, **kwargs)
+                vocoder: Any = cls.from_pretrained(name, **{"use_safetensors": True, **kwargs})
                 return vocoder.requires_grad_(False).eval()
         if "_class_name" not in config and "upsample_initial_channel" in config:
             if os.path.isdir(name):
                 return convert_bigvgan(os.path.join(name, kwargs.get("subfolder") or ""))  # pyright: ignore
             hf_hub_download(name, CONFIG, **kwargs)
             return convert_bigvgan(hf_hub_download(name, GENERATOR, **kwargs))  # pyright: ignore
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{name} is neither a folder nor a Hub id of a vocoder that can be read: {reason}") from error
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"{name} is neither a folder nor a Hub id of a vocoder that can be read: {hub_reason(error)}"
+        ) from error
     except UserError as error:
         raise ValueError(str(error)) from None
     raise ValueError(

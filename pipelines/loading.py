@@ -5,9 +5,11 @@ import os
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HTTPError
 
 import tonefield
 from tonefield.conversion.audio_diffusion import HUB_ARGUMENTS, convert_audio_diffusion
+from tonefield.hub import hub_reason
 from tonefield.models import load_vocoder
 
 
@@ -42,17 +44,22 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
     try:
         config: Any = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{name} is neither a folder nor a pipeline on the Hub that can be read: {reason}") from error
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"{name} is neither a folder nor a pipeline on the Hub that can be read: {hub_reason(error)}"
+        ) from error
     class_name = config["_class_name"]
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
-    if class_name == "AudioDiffusionPipeline" or "vqvae" in config:  # whatever it was named
-        return convert_audio_diffusion(name, **kwargs)
     cls = getattr(tonefield, class_name) if class_name in dir(tonefield) else None
-    if not (inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)):
+    foreign = class_name == "AudioDiffusionPipeline" or "vqvae" in config  # whatever it was named
+    if not foreign and not (inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)):
         raise ValueError(
             f"{name} holds a {class_name}, which is no pipeline of tonefield {tonefield.__version__}: load it with"
             " diffusers.DiffusionPipeline.from_pretrained."
         )
-    return cls.from_pretrained(name, **kwargs)
+    try:
+        return convert_audio_diffusion(name, **kwargs) if foreign else cls.from_pretrained(name, **kwargs)
+    except HTTPError as error:
+        raise OSError(
+            f"{name} has not been downloaded whole: {hub_reason(error)}. Load it again: what has arrived is kept."
+        ) from error

@@ -14,6 +14,7 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
+from huggingface_hub.errors import HTTPError
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +87,7 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
                 return_lora_metadata=True,
                 **kwargs,
             )
-        except OSError as error:
+        except (OSError, HTTPError) as error:
             reason = " ".join(str(error).split())
             raise OSError(f"{given} is no LoRA that can be read, here or on the Hub: {reason}") from error
         check_lora(self.unet, weights)

@@ -53,6 +53,30 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub, and this process told of it as the variables of the environment would tell a new one."""
+    import datasets
+    import huggingface_hub
+    from fake_hub import TOKEN, FakeHub
+    from huggingface_hub import constants
+
+    with FakeHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between two attempts
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
 # For all tests of training. Its imports are heavy, and most tests do without.
 
 

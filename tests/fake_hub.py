@@ -4,14 +4,17 @@
         subprocess.run([...], env=os.environ | hub.environment(cache))
         hub.files["datasets", "someone/sounds"]["README.md"]
 
-Repositories are kept in memory and have one revision, their present state.
+Repositories are kept in memory: the files of `main`, every commit, and whatever `hub.refs` names. Who may read and
+write is decided as the Hub does it; `hub.fault` makes it fail.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
+import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 
 USER, TOKEN = "someone", "hf_x"
+STRANGER = "hf_y"  # a token that is good, but of somebody who may not see what is private
 LARGE = (".parquet", ".safetensors", ".bin")
 
 
@@ -27,12 +31,17 @@ class FakeHub:
 
     def __init__(self):
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.refs: dict[tuple[str, str, str], dict[str, bytes]] = {}  # branches and tags by kind, name and their own
         self.private: set[tuple[str, str]] = set()
         self.read_only: set[tuple[str, str]] = set()
         self.on_auth_check: Callable[[], object] = bool
         self.licenses: dict[tuple[str, str], str] = {}
         self.large: dict[str, bytes] = {}  # by their SHA-256: large files are sent before the commit that names them
         self.requests: list[str] = []
+        # What becomes of a request "GET /path": nothing out of the way, an answer with this status, or a connection
+        # that ends: before the answer ("drop") or halfway through it ("cut").
+        self.fault: Callable[[str], int | str | None] = lambda request: None
 
     def __enter__(self) -> "FakeHub":
         hub = self
@@ -59,6 +68,21 @@ class FakeHub:
         }  # fmt: skip
 
 
+def check_players(hub: FakeHub, kind: str, name: str, at_least: int = 1) -> str:
+    """The card of a repository, after all that it shows was found at the address that it gives."""
+    card = hub.files[kind, name]["README.md"].decode()
+    addresses = re.findall(r'<audio controls src="([^"]+)"></audio>', card)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card)
+    assert len(addresses) >= at_least and pictures
+    prefix = f"{hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}/resolve/main/"
+    for address in addresses + pictures:
+        assert address.startswith(prefix)
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request) as answer:
+            assert answer.read(4) == (b"RIFF" if address in addresses else b"\x89PNG")
+    return card
+
+
 def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -75,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self._fails():
+            return None
         path = self._path()
         if path == "/api/whoami-v2":
             return self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
@@ -83,8 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({})
                 self.hub.on_auth_check()
             return None
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            if (files := self._files(match)) is not None:
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            if (files := self._files(match[1], match[2], match[3])) is not None:
                 private = match.groups()[:2] in self.hub.private
                 siblings = [{"rfilename": name} for name in sorted(files)]
                 card = {"license": self.hub.licenses.get(match.groups()[:2])}
@@ -93,27 +119,27 @@ class _Handler(BaseHTTPRequestHandler):
                     "likes": 0, "siblings": siblings, "cardData": card,
                 })  # fmt: skip
             return None
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
-            if (files := self._files(match)) is not None:
-                entries = self._tree(files, match[3] or "", recursive="recursive=true" in self.path.lower())
-                if match[3] and not entries:
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            if (files := self._files(match[1], match[2], match[3])) is not None:
+                entries = self._tree(files, match[4] or "", recursive="recursive=true" in self.path.lower())
+                if match[4] and not entries:
                     return self._missing("EntryNotFound")
                 self._json(entries)
             return None
-        if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            repository = (match[1] or "models", match[2])
-            files = self.hub.files.get(repository)
-            if files is None:
-                return self._missing("RepoNotFound")
+        if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            if (files := self._files(match[1] or "models", match[2], match[3])) is None:
+                return None
             headers = {"X-Repo-Commit": _commit(files)}
-            if match[3] not in files:
+            if match[4] not in files:
                 return self._missing("EntryNotFound", headers)
-            return self._content(files[match[3]], headers)
+            return self._content(files[match[4]], headers)
         return self._missing("RepoNotFound")
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
+        if self._fails():
+            return None
         body, path = self._body(), self._path()
         if path == "/api/repos/create":
             wanted = json.loads(body)
@@ -136,10 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
                 for entry in json.loads(body)["objects"]
             ]
             return self._json({"transfer": "basic", "objects": objects})
-        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit|paths-info)/[^/]+", path)
+        match = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(preupload|commit|paths-info)/([^/]+)", path)
         if not match:
             return self._missing("RepoNotFound")
-        if (files := self._files(match)) is None or not self._may_write(match.groups()[:2]):
+        if (files := self._files(match[1], match[2], match[4])) is None or not self._may_write(match.groups()[:2]):
             return None
         if match[3] == "preupload":
             entries = [
@@ -159,10 +185,13 @@ class _Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         commit = _commit(files)
+        self.hub.commits[commit] = dict(files)
         url = f"{self.hub.url}/{match[2]}/commit/{commit}"
         return self._json({"commitUrl": url, "commitOid": commit, "commitMessage": "", "success": True})
 
     def do_PUT(self) -> None:
+        if self._fails():
+            return
         oid, body = self._path().removeprefix("/large/"), self._body()
         assert hashlib.sha256(body).hexdigest() == oid
         self.hub.large[oid] = body
@@ -182,11 +211,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _files(self, match: re.Match) -> dict[str, bytes] | None:
-        files = self.hub.files.get((match[1], match[2]))
-        if files is None:
-            self._missing("RepoNotFound")
-        return files
+    def _fails(self) -> bool:
+        """Whether this request is one that `hub.fault` lets fail; then it has been answered, or the line is dead."""
+        fault = self.hub.fault(f"{self.command} {unquote(self.path)}")
+        self._cut = fault == "cut"
+        if isinstance(fault, int):
+            self._body()
+            self._json({"error": "something is wrong here"}, fault)
+        elif fault == "drop":
+            self._hang_up()
+        return fault is not None and not self._cut
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _files(self, kind: str, name: str, revision: str | None = None) -> dict[str, bytes] | None:
+        """What a revision holds. If the asker may not see it, or there is none, the answer says so as the Hub does."""
+        files = self.hub.files.get((kind, name))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in ("", TOKEN, STRANGER):
+            wrong = "Invalid credentials in Authorization header"
+            self._send(401, json.dumps({"error": wrong}).encode(), {"X-Error-Message": wrong})
+            return None
+        if files is None or ((kind, name) in self.hub.private and token != TOKEN):
+            if token:
+                self._missing("RepoNotFound")
+            else:
+                self._json({"error": "Invalid username or password."}, 401)
+            return None
+        if revision in (None, "main") or revision == _commit(files):
+            return files
+        found = self.hub.refs.get((kind, name, revision), self.hub.commits.get(revision))
+        if found is None:
+            self._missing("RevisionNotFound")
+        return found
 
     def _may_write(self, repository: tuple | None = None) -> bool:
         """Whether the token is good, also for this repository. If not, the answer says so."""
@@ -232,4 +291,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self._cut else body)
+        if self._cut:
+            self._hang_up()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fake_hub import check_players
 from safetensors.torch import load_file
 from training_runs import ROOT, make_sounds, reset_accelerate
 
@@ -204,6 +205,16 @@ def test_test_switch(train, sounds, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "step 4: si_sdr_db" in output
     assert "9 recordings of" in output
+
+
+def test_what_is_pushed_is_whole(train, hub, tmp_path):
+    folder = train(tmp_path / "out", "--push_to_hub", "--hub_model_id=someone/codec", "--validation_steps=4")
+    card = check_players(hub, "models", "someone/codec", at_least=2)
+    assert card.index("original-0.wav") < card.index("step-0000004-0.wav")
+    assert "| held out: mel distance |" in card and "python train_codec.py --input_dir" in card
+    files = hub.files["models", "someone/codec"]
+    assert not [name for name in files if "checkpoint" in name or name == "training.json"]
+    assert load_audio_tokenizer("someone/codec").fingerprint() == load_audio_tokenizer(folder).fingerprint()
 
 
 def test_what_forbids_a_push_is_known_before_training(train, tmp_path):

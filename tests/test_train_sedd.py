@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fake_hub import check_players
 from safetensors.torch import load_file
 from token_runs import CODES, TINY, flags_of, make_codec, motifs, start, tokenize, train, write_sounds
 from training_runs import ROOT, differences, reset_accelerate
@@ -313,6 +314,17 @@ def test_test_switch_and_the_pipeline(tokens, network, tmp_path, capsys):
 
 
 # ----- whole runs
+
+
+def test_what_is_pushed_is_whole(hub, tokens, network, tmp_path):
+    flags = ("--push_to_hub", "--hub_model_id=someone/tokens", "--max_train_steps=1", "--validation_steps=1")
+    folder = train(tmp_path / "out", tokens, network, *flags)
+    card = check_players(hub, "models", "someone/tokens", at_least=2)
+    assert "| high | <audio" in card and "| low | <audio" in card and "python train_sedd.py" in card
+    there, here = tonefield.load("someone/tokens"), tonefield.load(folder)
+    for name, value in here.transformer.state_dict().items():
+        assert torch.equal(there.transformer.state_dict()[name], value)
+    assert there.audio_tokenizer.fingerprint() == here.audio_tokenizer.fingerprint()
 
 
 def test_a_resumed_run_is_exact(tokens, network, tmp_path):

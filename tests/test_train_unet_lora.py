@@ -1,6 +1,7 @@
 """train_unet.py --from_pretrained, with --lora_rank and without: what is trained, what is written, what is refused."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -10,6 +11,7 @@ import torch
 import yaml
 from captured_logs import said_by
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from fake_hub import check_players
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_train_unet_latent import CAPTIONS, make_text_encoder, make_vae, write_captions
@@ -239,6 +241,18 @@ def test_an_adapter_says_what_it_is(base, adapter):
     record = json.loads((adapter / "training.json").read_text())
     assert record["LoRA rank"] == 2 and record["objective"] == "epsilon"
     assert not (adapter / "model_index.json").exists()
+
+
+def test_an_adapter_is_pushed_and_fetched(hub, base, mels, recipe, tmp_path):
+    flags = ("--validation_steps=1", "--num_validation_samples=2", "--push_to_hub", "--hub_model_id=someone/lora")
+    folder = train(tmp_path / "out", mels, f"--from_pretrained={base}", *LORA, *flags, config=recipe)
+    card = check_players(hub, "models", "someone/lora", at_least=2)
+    assert set(re.findall(r"^\| (.*) \| <audio", card, re.MULTILINE)) <= set(CAPTIONS)
+    assert 'load_lora_weights("someone/lora"' in card and str(tmp_path) not in card
+    here, there = opened(base), opened(base)
+    here.load_lora_weights(folder)
+    there.load_lora_weights("someone/lora")
+    assert torch.equal(heard(here), heard(there)) and not torch.equal(heard(here), heard(opened(base)))
 
 
 def test_an_adapter_for_another_network_is_one_line(base, adapter, tmp_path):

@@ -4,9 +4,12 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -15,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from fake_hub import FakeHub
+from fake_hub import check_players
 from safetensors.torch import load_file
 from training_runs import ROOT, differences, make_dataset, make_sounds, start, train
 
@@ -27,6 +30,7 @@ from tonefield.training import latents
 from tonefield.training.autoencoder import spectral_loss
 from tonefield.training.data import open_data
 from tonefield.training.latents import fingerprint, measure_latents
+from tonefield.training.publishing import publish_folder
 
 
 RECIPE = ROOT / "recipes" / "test-tiny-vae.yaml"
@@ -513,33 +517,49 @@ def test_half_precision(usual, mels, tmp_path):
         assert rounded[name] != exact[name]
 
 
-def test_push(trained, mels, tmp_path):
-    """The autoencoder is uploaded without the checkpoints, and loads from there."""
-    shutil.copytree(
-        trained, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-[1-9]", "checkpoint-?5", "samples")
-    )
-    code = f"""
-from pathlib import Path
-from types import SimpleNamespace
-from diffusers import AutoencoderKL
-from tonefield.models import MelSpectrogram
-from tonefield.training.publishing import find_repository, publish_folder
-repository = find_repository(SimpleNamespace(hub_model_id="someone/vae", hub_private_repo=True))
-publish_folder(Path({str(tmp_path / "out")!r}), repository)
-print(AutoencoderKL.from_pretrained("someone/vae", subfolder="vae").config.scaling_factor)
-MelSpectrogram.from_pretrained("someone/vae", subfolder="mel")
-"""
-    with FakeHub() as hub:
-        environment = os.environ | hub.environment(tmp_path / "cache")
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        files = hub.files["models", "someone/vae"]
-        assert {name.split("/")[0] for name in files} == {"vae", "mel", "README.md", "metrics.jsonl", "training.json"}
-        assert ("models", "someone/vae") in hub.private
-    scale = AutoencoderKL.from_pretrained(trained, subfolder="vae").config.scaling_factor
-    assert math.isclose(float(result.stdout.splitlines()[-1]), scale)
-    with pytest.raises(UserError, match="--push_to_hub"):  # known before anything is trained
-        train_here(tmp_path / "new", mels, "--max_train_steps=1", "--push_to_hub", "--hub_model_id=someone/vae")
+def test_push(hub, mels, tmp_path, monkeypatch):
+    """The autoencoder is uploaded without the checkpoints, plays what it makes of sounds, and loads from there."""
+    flags = ("--push_to_hub", "--hub_model_id=someone/vae", "--hub_private_repo", "--max_train_steps=2")
+    folder = train_here(tmp_path / "out", mels, *flags, "--validation_steps=2", "--num_validation_samples=2")
+    files = hub.files["models", "someone/vae"]
+    tops = {name.split("/")[0] for name in files} - {".gitattributes"}
+    assert tops == {"vae", "mel", "samples", "README.md", "metrics.jsonl"}
+    assert ("models", "someone/vae") in hub.private
+    card = check_players(hub, "models", "someone/vae", at_least=4)
+    players = re.findall(r"^\| (\w+) \| <audio.*-(\d)\.wav", card, re.MULTILINE)
+    assert players == [("original", "0"), ("reconstruction", "1"), ("original", "2"), ("reconstruction", "3")]
+    assert "| held out: error |" in card and "python train_vae.py" in card and str(tmp_path) not in card
+    loaded = AutoencoderKL.from_pretrained("someone/vae", subfolder="vae")
+    local = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), local.parameters(), strict=True))
+    assert math.isclose(loaded.config.scaling_factor, local.config.scaling_factor)
+    MelSpectrogram.from_pretrained("someone/vae", subfolder="mel")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match="--push_to_hub cannot write to"):  # known before anything is trained
+        train_here(tmp_path / "new", mels, "--max_train_steps=1", *flags[:2])
     assert not list((tmp_path / "new").glob("checkpoint-*"))
+
+
+def test_a_push_that_breaks_off_can_be_repeated(hub, mels, tmp_path):
+    """By the command that the message gives; but not over a card that a person has written on the Hub."""
+    hub.fault = lambda request: 503 if "/large/" in request else None
+    flags = ("--push_to_hub", "--hub_model_id=someone/vae", "--max_train_steps=1")
+    with pytest.raises(UserError, match=r"^The model is whole in .*out, but was not pushed: .*Try again") as error:
+        train_here(tmp_path / "out", mels, *flags)
+    assert "\n" not in str(error.value)
+    hub.fault = lambda request: None
+    words = shlex.split(str(error.value).rpartition("Try again with ")[2])
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hf"), *words[1:]],
+        env=os.environ | hub.environment(tmp_path / "cache"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = hub.files["models", "someone/vae"]
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert files[weights] == (tmp_path / "out" / weights).read_bytes() and "README.md" in files
+    assert not [name for name in files if "checkpoint" in name or name == "training.json"]
+
+    files["README.md"] = b"My words."
+    publish_folder(tmp_path / "out", "someone/vae")
+    assert files["README.md"] == b"My words."

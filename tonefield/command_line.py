@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -95,6 +97,20 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
         elif value is not None:
             flags += [f"{flag}={value}"]
     return flags
+
+
+def command_of(launch: Sequence[str], args: argparse.Namespace, defaults: Any, left_out: Sequence[str]) -> str:
+    """The call of a script that has these flags, whatever recipe they came from, and folders without their place."""
+    words = list(launch)
+    for name, value in vars(args).items():
+        if name in left_out or value is None or value == getattr(defaults, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            local = isinstance(value, str) and os.path.exists(value)  # which a long JSON does not upset
+            words += [f"--{name}", Path(value).resolve().name if local else str(value)]
+    return shlex.join(words)
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> NoReturn:

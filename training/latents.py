@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from tonefield.command_line import UserError, first_line
 from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
 from tonefield.files import replace_folder
+from tonefield.hub import hub_errors, hub_reason
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.checkpoints import fingerprint_of
 from tonefield.training.data import LATENT_COLUMNS, EndlessRows, ReadMels, TrainingData, open_split
@@ -162,8 +163,8 @@ def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
         pass
     try:
         vae = vae or load(AutoencoderKL, None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
+    except hub_errors() as error:
+        raise UserError(f"--vae {name} cannot be loaded: {hub_reason(error)}") from None
     return vae.requires_grad_(False).eval(), mel
 
 

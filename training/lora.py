@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
 from tonefield.command_line import UserError
 from tonefield.pipelines.tonefield_lora import base_fingerprint
+from tonefield.pipelines.tonefield_repository import code_span, plain
+from tonefield.training.publishing import write_card
 
 
 NAME = "default"
@@ -68,23 +69,12 @@ def write_lora(args, network, facts: dict, folder: Path, repository: str | None)
     save_lora(network, folder)
     local = Path(args.from_pretrained).exists()
     base = Path(args.from_pretrained).resolve().name if local else args.from_pretrained
-    facts, tags = dict(facts), ["diffusers", "tonefield", "audio", "lora"]
-    metadata = ModelCardData(
-        library_name="diffusers", tags=tags, datasets=facts.pop("datasets", None), base_model=None if local else base
-    )
     name = repository or folder.resolve().name
-    facts = {"rank": args.lora_rank, "trained for": base} | facts
-    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in sorted(facts.items()) if value is not None]
-    lines = [
-        f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {name.split('/')[-1]}\n",
-        f"A LoRA for the pipeline `{base}`.\n",
-        "## Training\n",
-        "| | |\n|---|---|",
-        *rows,
-        "\n## Use\n",
-        "```python\nimport tonefield\n\n",
-        f'pipe = tonefield.load("{base}")\npipe.load_lora_weights("{name}", adapter_name="mine")',
-        'pipe.set_adapters("mine", 0.8)  # weaker; pipe.unload_lora_weights() ends it\n```\n',
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_card(
+        folder, name, f"A LoRA for the pipeline {code_span(base)}.",
+        {"rank": args.lora_rank, "trained for": plain(base), **facts},
+        f'import tonefield\n\n\npipe = tonefield.load("{base}")\n'
+        f'pipe.load_lora_weights("{name}", adapter_name="mine")\n'
+        'pipe.set_adapters("mine", 0.8)  # weaker; pipe.unload_lora_weights() ends it',
+        ["lora"], base_model=None if local else base,
+    )  # fmt: skip

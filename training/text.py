@@ -15,7 +15,8 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from tonefield.command_line import UserError, first_line
+from tonefield.command_line import UserError
+from tonefield.hub import hub_errors, hub_reason
 from tonefield.pipelines import encode_text
 from tonefield.pipelines.tonefield_text import tokenize_text
 from tonefield.training.checkpoints import fingerprint_of
@@ -37,8 +38,8 @@ def open_text_encoder(args) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
         encoder = T5EncoderModel.from_pretrained(args.text_encoder, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--text_encoder {args.text_encoder} cannot be loaded: {first_line(error)}") from None
+    except hub_errors() as error:
+        raise UserError(f"--text_encoder {args.text_encoder} cannot be loaded: {hub_reason(error)}") from None
     return tokenizer, encoder.requires_grad_(False).eval()
 
 

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import torch
 from huggingface_hub import snapshot_download
 
-from tonefield.command_line import UserError, first_line
+from tonefield.command_line import UserError
 from tonefield.data.loading import CODEC_FOLDER, read_record
 from tonefield.data.token_converter import FORMAT
+from tonefield.hub import hub_errors, hub_reason
 from tonefield.models import load_audio_tokenizer
 from tonefield.models.token_layouts import apply_layout, token_places
 from tonefield.training.data import EndlessRows, EndlessStream, find_classes, labels_of, open_split
@@ -220,8 +221,8 @@ def open_dataset_codec(name: str, record: dict):
             patterns = f"{CODEC_FOLDER}/*"
             folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns), CODEC_FOLDER)
         codec = load_audio_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The codec of {name} cannot be loaded from {folder}: {first_line(error)}") from None
+    except hub_errors() as error:
+        raise UserError(f"The codec of {name} cannot be loaded from {folder}: {hub_reason(error)}") from None
     if codec.fingerprint() != record["fingerprint"]:
         raise UserError(
             f"The codec in {folder} is {type(codec).__name__} {codec.fingerprint()}, the tokens of {name} were made by"

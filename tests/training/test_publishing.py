@@ -8,34 +8,17 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
-from fake_hub import TOKEN, FakeHub
+from fake_hub import TOKEN
 from training_runs import RECIPE, train
 
 import tonefield
 from tonefield import train_unet
 from tonefield.command_line import UserError
-from tonefield.training.publishing import license_of, training_facts
+from tonefield.hub import license_of
+from tonefield.training.publishing import training_facts
 
 
 NAME = "someone/two-tones"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub, and this process told of it as the variables of the environment would tell a new one."""
-    with FakeHub() as hub:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
 
 
 def test_what_is_pushed_is_whole(hub, mels, tmp_path, capsys, monkeypatch):
