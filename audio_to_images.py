@@ -131,10 +131,8 @@ def main(args: argparse.Namespace) -> None:
     converter = MelConverter(mel, source.features, args.pad, args.silence_db, args.loudness, args.save_images)
     settings = {"pad": args.pad, "save_images": args.save_images, "front_end": converter.front_end_settings}
     add_files = (lambda folder: preview(args, mel, folder)) if args.previews else None
-    end(
-        args,
-        build_dataset(args, parse_args(["--dataset_name=none"]), source, converter, settings, "slices", add_files),
-    )
+    defaults = parse_args(["--dataset_name=none"])
+    end(args, build_dataset(args, defaults, source, converter, settings, "slices", add_files))
 
 
 def preview(args: argparse.Namespace, mel, dataset_folder: Path) -> None:

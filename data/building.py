@@ -31,19 +31,8 @@ def open_source(args: argparse.Namespace) -> AudioFolder | AudioColumn:
 
 
 # Flags of one machine or one start, which the command in the dataset's card leaves out.
-LOCAL_FLAGS = (
-    "config",
-    "output_dir",
-    "num_proc",
-    "num_shards",
-    "shard_index",
-    "merge",
-    "resume",
-    "strict",
-    "device",
-    "push_to_hub",
-    "hub_private_repo",
-)
+LOCAL_FLAGS = ("config", "output_dir", "num_proc", "num_shards", "shard_index", "merge", "resume", "strict", "device",
+               "push_to_hub", "hub_private_repo")  # fmt: skip
 
 
 def build_dataset(

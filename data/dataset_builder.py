@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -389,7 +389,7 @@ class DatasetBuilder:
         result: Result,
         features: Features,
         add_files: Callable[[Path], None] | None = None,
-        about: dict[str, str] | None = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
         """Moves the parts into a folder that `datasets.load_from_disk` reads, and that folder to its place.
 

@@ -50,7 +50,7 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         ) from error
     class_name = config["_class_name"]
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
-    cls = getattr(tonefield, class_name) if class_name in dir(tonefield) else None
+    cls: Any = getattr(tonefield, class_name) if class_name in dir(tonefield) else None
     foreign = class_name == "AudioDiffusionPipeline" or "vqvae" in config  # whatever it was named
     if not foreign and not (inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)):
         raise ValueError(
