@@ -88,6 +88,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         hits += low < truth < high
     assert 85 <= hits <= 100
 
+    # Drawn sets have fewer different clips than there are: the interval lies about the value all the same.
+    low, high = bootstrap_interval(lambda log_p: len(np.unique(log_p[:, 0])), random_posteriors(50, 2), 0)
+    assert low < 50 < high
+
     rng = np.random.default_rng(0)
     shares = [share_interval(int(rng.binomial(50, 0.9)), 50) for _ in range(500)]
     assert 0.92 < np.mean([low <= 0.9 <= high for low, high in shares]) < 0.98
@@ -131,6 +135,10 @@ def test_ndb_sees_lost_modes():
     # Scales of features do not matter
     scale = np.array([1, 1e3, 1e-3])
     assert number_of_different_bins(train * scale, few * scale)[0] == lost
+    # The reference alone says what is large: here five numbers that tell two kinds apart count more than a wide one.
+    kinds, other = np.repeat(np.tile([-1.0, 1.0], 200)[:, None], 5, 1), rng.uniform(-1000, 1000, (400, 1))
+    alike = np.hstack([kinds, 500 + rng.normal(size=(400, 1))])
+    assert number_of_different_bins(np.hstack([kinds, other]), alike, bins=2) == (0, 2)
     with pytest.raises(ValueError, match="10 bins need 20 rows of the reference at least, not 15"):
         number_of_different_bins(train[:15], alike, bins=10)
 
@@ -148,6 +156,7 @@ LABELS = ["one", "two", "3"]
         ("one/two.wav", {}, "one"),
         ("runs/two/0007.wav", {}, "two"),
         ("runs/3.wav", {}, "3"),
+        ("one/two/x.wav", {}, "two"),  # the folder that it lies in, and not one further up
         ("two_one_4.wav", {}, "two"),
         ("3_theo_1.wav", {}, "3"),
         ("sample-two (5).wav", {}, "two"),

@@ -89,6 +89,8 @@ def test_normalized_sounds():
     assert np.allclose(same, normalize(sound), atol=1e-6)
     assert np.sqrt(np.mean(same**2)) == pytest.approx(0.1, rel=1e-5)
     assert np.array_equal(normalize(np.zeros(10, np.float32)), np.zeros(10))
+    kept = normalize(np.array([0, 0.009, 1, 0, -0.5, 0.009, 0]))  # what is 40 dB below the peak is silence at the ends
+    np.testing.assert_allclose(kept / kept[0], [1, 0, -0.5])
 
 
 def test_correlation_of_copies_and_others():
