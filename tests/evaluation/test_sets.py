@@ -105,6 +105,7 @@ def test_what_is_kept_and_when_it_is_computed_anew(folder, tmp_path):
     assert pieces(sampling_rate=4000)[0] > 0
     assert pieces(window=1000)[0] > 7
     assert pieces(least=2000)[0] > 0
+    assert pieces(sampling_rate=4000, window=2000, least=50)[0] > 0  # pieces of the same seconds, at another rate
     assert pieces()[0] == 0
     sound, rate = soundfile.read(folder / "b.wav")
     stat = (folder / "b.wav").stat()
@@ -156,6 +157,20 @@ def test_sounds_in_memory():
 def test_a_sound_of_one_sample_is_followed_by_silence(tmp_path):
     soundfile.write(tmp_path / "click.wav", np.array([0.5]), 44100)  # nothing is left of it at 8 kHz
     np.testing.assert_array_equal(AudioSet.open(tmp_path).embed(Counting()).rows, [[0, 0]])
+
+
+def test_a_sound_below_zero_is_not_silent(tmp_path):
+    soundfile.write(tmp_path / "low.wav", np.full(100, -0.5), 8000)
+    one = AudioSet.open(tmp_path)
+    assert one.silent == [] and one.samples[0].peak == 0.5
+
+
+def test_what_can_be_read_is_known_of_each_kind_of_file(folder, tmp_path, monkeypatch):
+    AudioSet.open(folder, cache_dir=tmp_path / "cache")
+    (folder / "b.wav").rename(folder / "b.m4a")
+    monkeypatch.setenv("PATH", "")  # without ffmpeg
+    again = AudioSet.open(folder, cache_dir=tmp_path / "cache")
+    assert ("b.m4a", ".m4a files need ffmpeg, which is not installed") in again.rejects
 
 
 def test_few_rows_are_kept_without_their_scatter(tmp_path):
