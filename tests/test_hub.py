@@ -1,16 +1,20 @@
 """Models and datasets on a Hub on this machine: what arrives there, what comes back, what is said when that fails."""
 
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from fake_hub import STRANGER, TOKEN, check_players
 from small_pipes import save_small_pipes
 from token_runs import tokenize
-from training_runs import make_dataset, make_sounds, train
+from training_runs import ROOT, make_dataset, make_sounds, train
 
 import tonefield
 from tonefield import audio_to_images, audio_to_tokens, inference
@@ -327,3 +331,48 @@ def test_a_dataset_whose_push_breaks_off_can_be_pushed_again(hub, odd_sounds, tm
     exec(call, {"tonefield": tonefield})
     check_players(hub, "datasets", "someone/data", at_least=3)
     assert ("datasets", "someone/data") in hub.private
+
+
+# ----- the models that come along
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-poisson-flow", "digits-latent-text", "digits-tokens"])
+def test_the_models_that_come_along_are_pushed_whole(hub, name, tmp_path):
+    """With card, licence and sounds; and diffusers loads them from there where tonefield is not installed."""
+    pipe = tonefield.load(ROOT / "pretrained" / name)
+    pipe.push_to_hub(f"someone/{name}")
+    files = hub.files["models", f"someone/{name}"]
+    card = check_players(hub, "models", f"someone/{name}", at_least=8)
+    assert "license: cc-by-sa-4.0" in card and "by Zohar Jackson and others" in card and "judged right" in card
+    for file in (ROOT / "pretrained" / name / "samples").iterdir():
+        assert files[f"samples/{file.name}"] == file.read_bytes()
+    pipe.set_progress_bar_config(disable=True)
+    told = '"jackson says seven"' if "text" in name else 'class_labels="seven"'
+    call = f"pipe({told}, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).audios"
+    code = f"""
+import importlib.util, sys
+sys.path[:] = [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+assert importlib.util.find_spec("tonefield") is None
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("someone/{name}", trust_remote_code=True)
+numpy.save("sound.npy", {call})
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= hub.environment(tmp_path / "bare") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sound = eval(call, {"pipe": pipe, "torch": torch})
+    assert abs(np.load(tmp_path / "sound.npy") - sound).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["digits-poisson-flow", "digits-latent-text", "digits-tokens"])
+def test_cards_that_come_along_show_what_is_there(name):
+    folder = ROOT / "pretrained" / name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r'(?:src="|\]\()(samples/[^")]+)[")]', card)
+    assert sorted(shown) == sorted(f"samples/{file.name}" for file in (folder / "samples").iterdir())
+    samples = json.loads((folder / "model_index.json").read_text())["card"]["samples"]
+    assert [path for path, _ in samples] == shown
