@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -225,14 +226,7 @@ class SampleSet:
 
     def _compute(self, embedding: "Embedding", batch_size: int, folder: Path, what: list) -> None:
         """Writes rows as they come, so that memory does not grow with the set; the folder is complete or not there."""
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(folder.parent)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-            lock = claim(partial)
-        except OSError as error:
-            raise UserError(f"--cache_dir {folder.parent} cannot be written: {error.strerror}.") from None
-        try:
+        with unfinished(folder.parent) as partial:
             counts: list[int] = []
             with (partial / "rows.f32").open("wb") as file:
                 for inputs in self._chunks(embedding):
@@ -242,7 +236,7 @@ class SampleSet:
                         bad = next(i for i, of in enumerate(rows) if not np.isfinite(of).all())
                         name = self.samples[len(counts) + bad].name
                         raise UserError(f"{embedding.name} makes numbers that are not finite of {name}.")
-                    with writing(folder.parent):
+                    with writing(f"--cache_dir {folder.parent}"):
                         file.write(joined.tobytes())
                         file.flush()
                     counts += map(len, rows)
@@ -252,19 +246,15 @@ class SampleSet:
             if sum(counts) > embedding.dim:
                 stats = GaussianStats.of(_rows(partial, sum(counts), embedding.dim))
                 kept |= {"mean": stats.mean, "scatter": stats.scatter}
-            with writing(folder.parent):
+            with writing(f"--cache_dir {folder.parent}"):
                 np.savez(partial / "stats.npz", **kept)
-                (partial / ".lock").unlink()
                 sync(partial)
             try:
                 partial.rename(folder)
+                (folder / ".lock").unlink()
             except OSError:  # another process was faster
                 if not (folder / "stats.npz").is_file():
                     raise
-        finally:
-            if lock is not None:
-                lock.close()
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _groups(self) -> Iterator[list[Sample]]:
         """The files in handy portions."""
@@ -281,8 +271,24 @@ def _rows(folder: Path, n: int, dim: int) -> np.ndarray:
     return np.memmap(folder / "rows.f32", np.float32, "r", shape=(n, dim))
 
 
+@contextmanager
+def unfinished(cache: Path) -> Iterator[Path]:
+    """A folder in the cache for what is not complete. What runs that were killed have left there is removed."""
+    with writing(f"--cache_dir {cache}"):
+        cache.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(cache)
+        folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        lock = claim(folder)
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_abandoned(cache: Path) -> None:
-    """Removes what runs that were killed have left half written: what no run claims."""
+    """Removes the unfinished folders that no run claims."""
     for partial in cache.glob(".partial-*/.lock"):
         try:
             lock = claim(partial.parent)
@@ -461,10 +467,7 @@ def _read_note(note: Path, count: int) -> list | None:
 
 
 def _write_note(note: Path, facts: list) -> None:
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".partial-", delete=False) as file:
-            file.write(json.dumps(facts))
-        os.replace(file.name, note)
-    except OSError as error:
-        raise UserError(f"--cache_dir {note.parent} cannot be written: {error.strerror}.") from None
+    with unfinished(note.parent) as folder, writing(f"--cache_dir {note.parent}"):
+        (folder / note.name).write_text(json.dumps(facts))
+        sync(folder / note.name)
+        os.replace(folder / note.name, note)

@@ -116,9 +116,13 @@ def test_tidy_removes_what_is_half_written(tmp_path):
     (tmp_path / ".checkpoint-4.partial").mkdir()
     (tmp_path / ".checkpoint-4.partial" / "x").touch()
     (tmp_path / ".report.json.partial").touch()
-    (tmp_path / ".hidden").touch()
+    (tmp_path / "unet").mkdir()
+    for name in (".hidden", ".tmpabc123", "unet/.tmpPyDKlh", "unet/.tmp", "unet/config.json"):
+        (tmp_path / name).touch()
     tidy(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {
+        ".hidden", "unet", "unet/.tmp", "unet/config.json",
+    }  # fmt: skip
 
 
 def test_sounds_are_whole_as_well(faults, tmp_path):

@@ -1,6 +1,7 @@
 """What every script does alike: recipes under the flags, and one readable line for a user's error."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -122,7 +123,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except OSError as error:  # a full disk, a missing permission
         folder = getattr(args, "output_dir", None) or getattr(args, "out", None)
         where = error.filename or folder or "the operating system"
-        sys.exit(printable(f"error: {where}: {error.strerror or error}"))
+        remedy = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            flag = " with --resume" if hasattr(args, "resume") else ""
+            flag = " with --resume_from_checkpoint latest" if hasattr(args, "resume_from_checkpoint") else flag
+            remedy = f". Make room, and start the same command again{flag}."
+        sys.exit(printable(f"error: {where}: {error.strerror or error}{remedy}"))
     except Interrupted as interrupted:
         sys.exit(interrupted.status)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ AGAIN = "start the same command again"
 
 
 @contextmanager
-def writing(path: Path, remedy: str = AGAIN) -> Iterator[None]:
+def writing(path: Path | str, remedy: str = AGAIN) -> Iterator[None]:
     """
     Says of what cannot be written, in one line, what it is and how to go on. For code that only writes: libraries in
     other languages tell of a full disk in an error of their own.
@@ -82,7 +83,8 @@ def tidy(parent: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.rename(folder)
-    for partial in parent.glob(".*.partial"):
+    # The second is what safetensors writes to, here and in the folders of a pipeline.
+    for partial in itertools.chain(*map(parent.glob, (".*.partial", ".tmp??????", "*/.tmp??????"))):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:

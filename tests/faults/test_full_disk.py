@@ -15,7 +15,7 @@ def assert_one_line(ended, folder):
     assert "Traceback" not in ended.output
     line = ended.output.strip().splitlines()[-1]
     assert line.startswith("error: ") and str(folder) in line and any(remedy in line for remedy in REMEDIES), line
-    assert ended.output.count("error: ") == 1
+    assert sum(line.startswith("error: ") for line in ended.output.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, sizes", [
-    ("images", ("64k", "160k")), ("tokens", ("256k", "700k")), ("unet", ("200k", "900k", "1500k", "2m")),
+    ("images", ("64k", "160k")), ("tokens", ("256k", "700k")), ("unet", ("200k", "600k", "1m")),
     ("inference", ("64k",)), ("evaluation", ("4k", "40k")),
 ])  # fmt: skip
 def test_a_small_disk(runs, jobs, tmp_path, small_disk, name, sizes):

@@ -52,9 +52,10 @@ def test_killed_at_random_moments(runs, jobs, tmp_path, name, kills):
             assert ended.killed or ended.status == 0, ended.output
             kills -= ended.killed
             if not ended.killed:
-                assert finished <= job.kept(place, ended.output)
+                assert finished <= job.kept(place, ended.output) and job.result(place) == whole
                 break
-        start_again(runs, job, place, whole, f"killed {kills}")
+        else:
+            start_again(runs, job, place, whole, "killed six times")
         shutil.rmtree(place)
         if kills <= 0:
             return
