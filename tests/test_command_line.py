@@ -1,5 +1,6 @@
 """Recipes, and what a user sees of an error."""
 
+import argparse
 import sys
 
 import pytest
@@ -115,13 +116,27 @@ def raising(error):
 @pytest.mark.parametrize("error, code", [
     (UserError("no such thing: make one"), "error: no such thing: make one"),
     (FileNotFoundError(2, "No such file", "a.txt"), "error: a.txt: No such file"),
-    (OSError(28, "No space left on device"), "error: the operating system: No space left on device"),
+    (OSError(28, "No space left on device"), "error: the operating system: No space left on device. Make room, and"
+     " start the same command again."),
     (KeyboardInterrupt(), 130),
 ])  # fmt: skip
 def test_exit_status(error, code):
     with pytest.raises(SystemExit) as caught:
         run(raising(error), None)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"output_dir": "out", "resume": True}, "error: out: No space left on device. Make room, and start the same command"
+     " again with --resume."),
+    ({"output_dir": "out", "resume_from_checkpoint": None}, "error: out: No space left on device. Make room, and start"
+     " the same command again with --resume_from_checkpoint latest."),
+    ({"out": "r.json"}, "error: r.json: No space left on device. Make room, and start the same command again."),
+])  # fmt: skip
+def test_a_full_disk_names_the_place_and_how_to_go_on(flags, said):
+    with pytest.raises(SystemExit) as caught:
+        run(raising(OSError(28, "No space left on device")), argparse.Namespace(**flags))
+    assert caught.value.code == said
 
 
 def test_success_and_defects():
