@@ -127,8 +127,8 @@ def test_exit_status(error, code):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"output_dir": "out", "resume": True}, "error: out: No space left on device. Make room, and start the same command"
-     " again with --resume."),
+    ({"output_dir": "out", "resume": True}, "error: out: No space left on device. Make room, and start the same"
+     " command again with --resume."),
     ({"output_dir": "out", "resume_from_checkpoint": None}, "error: out: No space left on device. Make room, and start"
      " the same command again with --resume_from_checkpoint latest."),
     ({"out": "r.json"}, "error: r.json: No space left on device. Make room, and start the same command again."),
