@@ -283,11 +283,12 @@ def main(args: argparse.Namespace) -> None:
         args, wanted = restore(args)
 
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from tqdm import tqdm
 
     from tonefield.data.pictures import contact_sheet, save_spectrogram
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the scripts that train
     pipe = load_model(args)
     sounds = plan(pipe, args)
     call = make_call(pipe, args, sounds)

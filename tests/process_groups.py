@@ -1,6 +1,7 @@
 """Several processes that train together, over gloo on the CPU. They are started once and do one run after another."""
 
 import contextlib
+import gc
 import importlib
 import io
 import multiprocessing
@@ -36,6 +37,7 @@ def _work(rank: int, count: int, connection) -> None:
                 script.main(script.parse_args(argv))
         except BaseException:
             error = traceback.format_exc()
+        gc.collect()  # an accelerator keeps its output folder from other runs until it is gone
         connection.send((output.getvalue(), error))
 
 
@@ -60,6 +62,7 @@ class ProcessGroup:
 
     def run(self, script, argv: list[str], of_last: tuple[str, ...] = (), seconds: float = 600) -> None:
         """A script with the same flags in each process, but for those `of_last`, of the last one alone."""
+        gc.collect()
         port = str(free_port())
         for rank, connection in enumerate(self.connections):
             connection.send((script.__name__, argv + list(of_last) * (rank == self.count - 1), port))

@@ -106,7 +106,8 @@ def test_flags_of_commands_exist():
 def test_flags_in_texts_exist():
     """In the tables of other projects' flags, ours are on the right."""
     generated = {found[3] for page in PAGES for found in build.GENERATED.finditer(page.read_text(encoding="utf-8"))}
-    ours = {"--num_processes", "--multi_gpu", "--num_machines", "--machine_rank", "--main_process_ip"}  # of accelerate
+    ours = {"--num_processes", "--multi_gpu", "--num_machines", "--machine_rank", "--main_process_ip",
+            "--cpu", "--config_file", "--pdb"}  # of accelerate and pytest  # fmt: skip
     for command in generated - {"METRICS", "EMBEDDINGS"}:
         ours |= {option for action in build.parser_of(command)._actions for option in action.option_strings}
     for page in PAGES:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -301,9 +302,13 @@ def test_pictures(make, tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_the_work(make, models, tmp_path):
     make("mel", "--num_samples=7", "--batch_size=2")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "inference.py"]
+    # With `--cpu` accelerate starts one process, however many it is asked for.
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --main_process_port=0 inference.py"
+    command, environment = [sys.executable, *launch.split()], os.environ | {"ACCELERATE_USE_CPU": "true"}
     flags = [f"--model={models['mel']}", "--steps=3", "--num_samples=7", "--batch_size=2"]
-    subprocess.run([*command, *flags, f"--output_dir={tmp_path / 'two'}"], cwd=ROOT, check=True, capture_output=True)
+    command += [*flags, f"--output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.count("7 sounds in") == 1
     lines = [(tmp_path / folder / "manifest.jsonl").read_text() for folder in ("out", "two")]
     assert lines[0] == lines[1]
     for file in (tmp_path / "out").glob("*.wav"):
