@@ -48,8 +48,8 @@ types: $(INSTALLED) ## Check types only
 	@cp -Rs $(addprefix $(CURDIR)/,$(wildcard tonefield/*) $(FOLDERS) $(SCRIPTS)) $(TYPES)/
 	@$(BIN)/pyright --pythonpath $(BIN)/python $(ARGS)
 
-bench: $(INSTALLED) ## Run every benchmark in turn
-	@for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/[!_]*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+bench: $(INSTALLED) ## Run every benchmark and end with one table; ARGS="mel solvers" runs those, ARGS=--quick at toy sizes
+	@$(BIN)/python benchmarks/all.py $(ARGS)
 
 docs: $(INSTALLED) ## Write the flags of the scripts and the pictures into docs/ anew
 	@$(BIN)/python docs/build.py

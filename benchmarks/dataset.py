@@ -15,6 +15,7 @@ import librosa
 import numpy as np
 import pandas as pd
 import soundfile
+from _table import Row, show
 from PIL import Image
 
 import tonefield.data.dataset_builder
@@ -64,18 +65,18 @@ def ours(folder: Path, preset: str, output: Path) -> None:
         audio_to_images.main(args)
 
 
-def make_up_digits(folder: Path) -> Path:
-    for index in range(2700):
+def make_up_digits(folder: Path, count: int) -> Path:
+    for index in range(count):
         kind = KINDS[index % 3]
         (folder / kind).mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / kind / f"{index}.wav", synthesize(kind, 0.3 + index % 7 * 0.1, 8000, index), 8000)
     return folder
 
 
-def make_up_tracks(folder: Path) -> Path:
+def make_up_tracks(folder: Path, parts: int) -> Path:
     folder.mkdir()
     for index in range(5):
-        parts = [synthesize(KINDS[index % 3], 10, 44100, seed=12 * index + part) for part in range(12)]
+        parts = [synthesize(KINDS[index % 3], 10, 44100, seed=12 * index + part) for part in range(parts)]
         soundfile.write(folder / f"{index}.wav", np.concatenate(parts), 44100)
     return folder
 
@@ -85,10 +86,14 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         work = [
-            ("2,700 short files", Path(args.digits) if args.digits else make_up_digits(root / "digits"), "fsdd-64"),
-            ("10 minutes in 5 files", make_up_tracks(root / "tracks"), "image-22k"),
+            (
+                "many short files",
+                Path(args.digits) if args.digits else make_up_digits(root / "digits", args.files),
+                "fsdd-64",
+            ),
+            ("long tracks in 5 files", make_up_tracks(root / "tracks", args.parts), "image-22k"),
         ]
-        print("| | serial | tonefield | times faster |\n|---|---|---|---|")
+        rows = []
         for name, folder, preset in work:
             rates = []
             for run in range(args.runs + 1):  # in turn, so that both meet the same machine; the first is not counted
@@ -99,11 +104,14 @@ def main(args: argparse.Namespace) -> None:
                 rates.append((slices / (middle - start), slices / (time.perf_counter() - middle)))
             baseline, fast = np.median(rates[1:], axis=0)
             ratio = np.median([b / a for a, b in rates[1:]])
-            print(f"| {name} | {baseline:.0f} slices/s | {fast:.0f} slices/s | {ratio:.1f} |", flush=True)
+            rows.append(Row(name, f"{baseline:.0f} slices/s", f"{fast:.0f} slices/s", float(ratio), least=3))
+        show(rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", metavar="DIR", help="a folder of many short recordings")
+    parser.add_argument("--files", type=int, default=2700, help="made up in their place")
+    parser.add_argument("--parts", type=int, default=12, help="of ten seconds in each of five long files")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each; the median is shown")
     main(parser.parse_args())

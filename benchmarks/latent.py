@@ -8,7 +8,6 @@ of the first table is a process of its own, so that the memory is its own too.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _table import Row, show
+from _timing import clock
 from accelerate import Accelerator
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -30,12 +31,6 @@ from tonefield.training.text import encode_texts
 CAPTIONS = [f"{tempo} {sound} with {other}" for tempo in ("slow", "fast") for sound in ("piano", "drums", "strings")
             for other in ("rain", "bass", "voices")]  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def make_parts(args: argparse.Namespace, latent: bool):
@@ -125,16 +120,19 @@ def main(args: argparse.Namespace) -> None:
     threads = f"{torch.get_num_threads()} threads"
     print(f"{args.preset}, {args.model_size}, batches of {args.batch}, {args.steps} steps, {DEVICE}, {threads}")
     print("\n| a second of mel | numbers | time | against mels | memory |\n|---|---|---|---|---|")
-    usual = None
+    usual, rows = None, []
     for name, latent in (("mels", False), ("latents, decoded", True)):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             seconds, memory, numbers = pool.submit(generate, args, latent).result()
         usual = usual or seconds
         print(f"| {name} | {numbers} | {seconds:.3f} s | {seconds / usual:.2f} | {memory:.2f} GiB |")
+        rows.append(Row("a second of sound", f"{usual:.3f} s", f"{seconds:.3f} s", usual / seconds, least=1))
     print("\n| a training step | time | against all ready |\n|---|---|---|")
     times = train_steps(args)
     for name, seconds in times.items():
         print(f"| {name} | {seconds * 1e3:.0f} ms | {seconds / next(iter(times.values())):.2f} |")
+    print()
+    show(rows[1:])
 
 
 if __name__ == "__main__":

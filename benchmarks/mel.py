@@ -4,33 +4,19 @@ python benchmarks/mel.py [--device cuda] [--runs 5]
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from typing import Any
 
 import librosa
 import numpy as np
 import torch
+from _table import Row, show
+from _timing import seconds_of
 
 from tonefield import MelSpectrogram
 from tonefield.data.synthetic import KINDS, synthesize
 
 
 CLIPS, SECONDS, ITERATIONS = 16, 5, 32
-
-
-def seconds_of(function: Callable[[], object], runs: int) -> float:
-    """The median time of a call, after one that is not counted."""
-    times = []
-    for _ in range(runs + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -79,6 +65,11 @@ def main(args: argparse.Namespace) -> None:
             f"| {name} | {baseline * 1e3:.0f} ms | {ours * 1e3:.0f} ms | {baseline / ours:.1f} | {their_error} |"
             f" {our_error} |"
         )
+    print()
+    show(
+        Row(f"mels, {name}", f"{baseline * 1e3:.0f} ms", f"{ours * 1e3:.0f} ms", baseline / ours, least=least)
+        for (name, baseline, ours, *_), least in zip(rows, (3, 5), strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import torch
+from _table import Row, show
 
 from tonefield.schedulers import poisson_field
 
@@ -87,7 +88,13 @@ def main(args: argparse.Namespace) -> None:
     for name, (seconds, memory, error) in rows.items():
         print(f"| {name} | {seconds * 1e3:.0f} ms | {memory:.0f} MB | {error:.1e} |")
     (slow, large, _), (fast, small, _) = rows.values()
-    print(f"{slow / fast:.0f} times faster, {large / max(small, 1):.0f} times less memory")
+    print()
+    show(
+        [
+            Row("field, time", f"{slow * 1e3:.0f} ms", f"{fast * 1e3:.0f} ms", slow / fast, least=5),
+            Row("field, memory", f"{large:.0f} MB", f"{small:.0f} MB", large / max(small, 1), least=5),
+        ]
+    )
 
 
 if __name__ == "__main__":

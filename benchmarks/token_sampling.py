@@ -13,6 +13,7 @@ import statistics
 import time
 
 import torch
+from _table import Row, show
 
 from tonefield.models.transformer_sedd import SEDDTransformer1DModel
 from tonefield.schedulers import ScoreEntropyScheduler
@@ -60,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
         "| batch | calls, plain | calls, event | s per call, plain | s per call, event | s, plain | s, event | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for batch_size, calls in zip(args.batches, args.calls, strict=True):
         total, plain, event = measure(network, batch_size, args.length, args.steps, calls)
         whole, ours = plain * (args.steps + 1), event * total
@@ -68,6 +70,10 @@ def main(args: argparse.Namespace) -> None:
             f"{whole / ours:.2f} |",
             flush=True,
         )
+        name = f"{args.length} tokens in {args.steps} steps, {batch_size} at a time"
+        rows.append(Row(name, f"{whole:.1f} s", f"{ours:.1f} s", whole / ours, least=3))
+    print()
+    show(rows)
 
 
 if __name__ == "__main__":

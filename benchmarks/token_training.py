@@ -8,29 +8,23 @@ reading the data, noise levels and noise, gradient clipping, the moving average 
 
 import argparse
 import contextlib
-import copy
 import io
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from _timing import UNCOUNTED, show_steps, time_steps
 from datasets import Dataset, DatasetDict, Features, List, Value
-from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy
 
 from tonefield import FSQCodec, train_sedd
 from tonefield.data.loading import CODEC_FOLDER, RECORD_COLUMN, record_feature
 from tonefield.data.token_converter import FORMAT, codec_record
 from tonefield.training.arguments import prepare_output_dir
-from tonefield.training.loop import make_accelerator, train
+from tonefield.training.loop import make_accelerator
 from tonefield.training.token_data import open_tokens
-
-
-UNCOUNTED = 3  # first steps, in which memory is found
 
 
 def make_dataset(folder: Path, frames: int) -> Path:
@@ -52,69 +46,31 @@ def make_dataset(folder: Path, frames: int) -> Path:
     return folder
 
 
-def bare_step(model: torch.nn.Module, args: argparse.Namespace, averaged: bool) -> Callable[[dict], None]:
-    """Forward, cross-entropy, backward and optimizer step of a copy; if asked, clipping and the average as well."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
-    average = EMAModel(model.parameters(), foreach=True) if averaged else None
-
-    def step(batch: dict) -> None:
-        tokens = batch["tokens"]
-        cross_entropy(model(tokens).sample.flatten(0, -2), tokens.flatten()).backward()
-        if average:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            average.step(model.parameters())
-
-    return step
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure(flags: list[str]) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each step, by name, and the size of the network."""
+def measure(flags: list[str]) -> tuple[list[np.ndarray], int]:
+    """What `time_steps` gives, and the size of the network."""
     args = train_sedd.parse_args(flags)
     prepare_output_dir(args.output_dir)
     accelerator, data = make_accelerator(args), open_tokens(args)
     scheduler = train_sedd.make_scheduler(args, data.codec)
     model = train_sedd.make_transformer(args, data, scheduler).to(accelerator.device)
-    bare = {"bare": bare_step(model, args, False), "bare, clipped and averaged": bare_step(model, args, True)}
-    seconds: dict[str, list[float]] = {"loop": [], **{name: [] for name in bare}}
+
+    def loss_of(network, batch):
+        return cross_entropy(network(batch["tokens"]).sample.flatten(0, -2), batch["tokens"].flatten())
+
     condition = train_sedd.make_condition(args, data, None)
-    compute_loss, left = train_sedd.make_loss(args, scheduler, data, condition, args.train_batch_size), 0.0
-
-    def between_steps(network, batch, generators):
-        nonlocal left
-        start = clock()
-        if left:
-            seconds["loop"].append(start - left)
-        for name, step in bare.items():
-            start = clock()
-            with accelerator.autocast():
-                step(batch)
-            seconds[name].append(clock() - start)
-        left = clock()
-        return compute_loss(network, batch, generators)
-
-    train(args, accelerator, model, data, between_steps, name="transformer")
+    loss = train_sedd.make_loss(args, scheduler, data, condition, args.train_batch_size)
+    seconds = time_steps(args, accelerator, model, data, loss, loss_of, "transformer")
     return seconds, sum(parameter.numel() for parameter in model.parameters())
 
 
 def main(args: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
-    rows: dict[str, tuple[float, float]] = {}
-    parameters = 0
+    found, parameters = [], 0
     with tempfile.TemporaryDirectory() as folder:
         hidden = io.StringIO()
         with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
             dataset = make_dataset(Path(folder, "data"), args.frames)
-            for name, flag in {"the loop without average": "--no-use_ema", "the loop": "--use_ema"}.items():
+            for flag in ("--use_ema", "--no-use_ema"):
                 flags = [
                     f"--model_size={args.model_size}",
                     f"--dataset_name={dataset}",
@@ -124,18 +80,12 @@ def main(args: argparse.Namespace) -> None:
                 flags += [f"--max_train_steps={args.steps + UNCOUNTED}", "--validation_steps=0"]
                 flags += [f"--mixed_precision={args.mixed_precision}", "--logging_steps=10", "--report_to=none"]
                 seconds, parameters = measure(flags)
-                loop, bare, averaged = (
-                    np.array(times[UNCOUNTED : args.steps + UNCOUNTED - 1]) for times in seconds.values()
-                )
-                rows["bare forward, backward, AdamW"] = np.median(bare), 1.0
-                rows["bare with clipping and average"] = np.median(averaged), np.median(averaged / bare)
-                rows[name] = np.median(loop), np.median(loop / bare)
+                found.append(seconds)
     tokens = args.batch * args.frames
     print(f"{parameters:,} parameters, batches of {args.batch} x {args.frames} tokens of 4096 codes,"
-          f" {torch.get_num_threads()} threads, medians of {args.steps} steps")  # fmt: skip
-    print("| a step of | time | tokens a second | against the bare one |\n|---|---|---|---|")
-    for name, (typical, ratio) in rows.items():
-        print(f"| {name} | {typical * 1e3:.1f} ms | {tokens / typical:,.0f} | {ratio:.3f} |")
+          f" {torch.get_num_threads()} threads, medians of {args.steps} steps,"
+          f" {tokens / np.median(found[0][0]):,.0f} tokens a second")  # fmt: skip
+    show_steps(*found)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ All of them read the same mels of 100 bands at 24 kHz, a named vocoder those tha
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from _table import Row, show
+from _timing import seconds_of
 from diffusers import MMAudioVocoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
@@ -40,20 +41,6 @@ def large() -> ModelMixin:
     return MMAudioVocoder(100, 1536, (4, 4, 2, 2, 2, 2), (8, 8, 4, 4, 4, 4))
 
 
-def seconds_of(function: Callable[[], object], runs: int) -> float:
-    """The median time of a call, after one that is not counted."""
-    times = []
-    for _ in range(runs + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
-
-
 def mel_of(vocoder: ModelMixin | None) -> MelSpectrogram:
     """The front end whose mels a vocoder reads."""
     settings = dict(vocoder.config.get("_mel") or {}) if vocoder is not None else {}
@@ -76,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     print(
         "| | on | parameters | times faster than played | times Griffin-Lim | mel error |\n|---|---|---|---|---|---|"
     )
-    baseline = {}
+    baseline, rows = {}, []
     for name, make in vocoders.items():
         vocoder = make()
         mel = mel_of(vocoder)
@@ -102,6 +89,10 @@ def main(args: argparse.Namespace) -> None:
                 f" {speed / baseline[device]:.3f} | {error} |",
                 flush=True,
             )
+            if vocoder is None:
+                rows.append(Row(f"{name} on {device}", "as fast as played", f"{speed:.1f} times", speed, least=1))
+    print()
+    show(rows)
 
 
 if __name__ == "__main__":

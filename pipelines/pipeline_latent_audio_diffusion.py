@@ -294,14 +294,15 @@ class LatentAudioDiffusionPipeline(
         timestep = timestep.to(latents.device, non_blocking=True)
         field = scheduler.config.get("prediction_type") == "field"
         branches = 1 if text is None else len(text.states)
+        dtype = self.unet.dtype  # looks through all weights
 
         def network(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
             x, arguments = x.repeat(branches, 1, 1, 1), {}
             time = timestep[row].repeat(branches) if timestep.ndim else timestep
             if text is not None:
-                arguments["encoder_hidden_states"] = text.states[:, row].flatten(0, 1).to(self.unet.dtype)
+                arguments["encoder_hidden_states"] = text.states[:, row].flatten(0, 1).to(dtype)
                 arguments["encoder_attention_mask"] = text.mask[:, row].flatten(0, 1)
-            output = self.unet(x.to(self.unet.dtype), time, **arguments).sample.to(x.dtype)
+            output = self.unet(x.to(dtype), time, **arguments).sample.to(x.dtype)
             if field:
                 output = scheduler.precondition_outputs(x, output, torch.exp(4 * time))
             return torch.cat(output.chunk(branches), dim=1)

@@ -252,7 +252,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
         model_input = self.scheduler.scale_model_input(latents, timestep)
         if not self.do_classifier_free_guidance:
             return self._network(model_input, timestep, labels)
-        null = self._all_labels(None, len(latents))
+        null = torch.full_like(labels, self.num_classes)
         outputs = self._network(torch.cat([model_input] * 2), timestep, torch.cat([null, labels]))
         config = self.scheduler.config
         if config.get("prediction_type") != "field":
