@@ -87,8 +87,8 @@ def time_steps(
     return [np.array(times[UNCOUNTED : args.max_train_steps - 1]) for times in seconds]
 
 
-def show_steps(with_average: list[np.ndarray], without: list[np.ndarray]) -> None:
-    """Tables of what `time_steps` gave, with and without the average."""
+def show_steps(script: str, with_average: list[np.ndarray], without: list[np.ndarray]) -> None:
+    """Tables for a trainer of what `time_steps` gave, with and without the average."""
     print("| a step of | time | against the bare one |\n|---|---|---|")
     (loop, bare, averaged), (lean, lean_bare, _) = with_average, without
     rows = {
@@ -101,4 +101,4 @@ def show_steps(with_average: list[np.ndarray], without: list[np.ndarray]) -> Non
         print(f"| {name} | {1e3 * np.median(times):.1f} ms | {np.median(times / beside):.3f} |")
     usual, ours = (f"{1e3 * np.median(times):.1f} ms" for times in (averaged, loop))
     print()
-    show([Row("a step of the loop, against bare", usual, ours, float(np.median(loop / averaged)), most=OVERHEAD)])
+    show([Row(f"a step of {script}, against bare", usual, ours, float(np.median(loop / averaged)), most=OVERHEAD)])

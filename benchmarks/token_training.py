@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{parameters:,} parameters, batches of {args.batch} x {args.frames} tokens of 4096 codes,"
           f" {torch.get_num_threads()} threads, medians of {args.steps} steps,"
           f" {tokens / np.median(found[0][0]):,.0f} tokens a second")  # fmt: skip
-    show_steps(*found)
+    show_steps("train_sedd", *found)
 
 
 if __name__ == "__main__":

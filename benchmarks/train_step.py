@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
                 seconds, problem = measure([*flags, "--validation_steps=0", f"--logging_steps={args.logging_steps}"])
                 found.append(seconds)
     print(f"{problem}, {torch.get_num_threads()} threads, medians of {args.steps} steps")
-    show_steps(*found)
+    show_steps("train_unet", *found)
 
 
 if __name__ == "__main__":
