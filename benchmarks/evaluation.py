@@ -55,6 +55,9 @@ def make(folder: Path, clips: int, seconds: float, seed: int) -> None:
 class PublishedCNN14(CNN14):
     """The network as it was published: windows and Fourier transform are one convolution."""
 
+    real: torch.Tensor
+    imag: torch.Tensor
+
     def __init__(self, width: float):
         super().__init__(513, 64, [round(width * 2**index) for index in range(6, 12)], 2048, 527)
         for module in self.modules():
@@ -127,8 +130,9 @@ def measure(name: str, usual: Callable[[np.ndarray], np.ndarray], sets: list[Pat
     value, distance = timed(lambda: usual_distance(rows))
 
     def ours() -> float:
+        reference, generated = sets
         report = evaluate(
-            *sets, ["fad"], [embedding], device=args.device, cache_dir=str(cache), bootstrap=0,
+            reference, generated, ["fad"], [embedding], device=args.device, cache_dir=str(cache), bootstrap=0,
             num_workers=args.num_workers, batch_size=args.batch_size,
         )  # fmt: skip
         return report["results"][0]["value"]

@@ -1,6 +1,7 @@
 """PANNs' CNN14 (Kong et al. 2020) from the published weights, `Cnn14_mAP=0.431.pth` and those of 16 and 8 kHz."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class Block(nn.Module):
 
 class CNN14(nn.Module):
     """The network, as wide as the weights are; its mel filterbank is one of the weights."""
+
+    logmel_extractor: Any
 
     def __init__(self, bins: int, bands: int, widths: list[int], dim: int, classes: int):
         super().__init__()
