@@ -36,9 +36,10 @@ class Lane:
     ):  # fmt: skip
         self.rows, self.shards, self.seed, self.size = rows.with_format("arrow"), shards, seed, size
         self.features = rows.features
-        pictures = any(isinstance(feature, datasets.Image) for feature in self.features.values())
+        pictures = any(isinstance(feature, datasets.Image) for feature in (rows.features or {}).values())
         self.format = None if pictures else "numpy"
-        self.begin, self.done = tuple(place[:3]), place[3]
+        *begin, self.done = place
+        self.begin = (begin[0], begin[1], begin[2])
         self.blocks = self._blocks()
         self.block, self.order = self._next_block()
 
@@ -72,7 +73,7 @@ class Lane:
         """Blocks without end, each with where it begins."""
         epoch, first, row = self.begin
         while True:
-            parts, count, begin = [], 0, None
+            parts, count, begin = [], 0, (epoch, -1, 0)
             for place, start, table in self._tables(epoch, first, row):
                 while len(table):
                     begin = (epoch, place, start) if count == 0 else begin
@@ -84,7 +85,7 @@ class Lane:
                         parts, count = [], 0
             if count:
                 yield begin, pa.concat_tables(parts)
-            if begin is None and (first, row) == (0, 0):
+            if begin[1] < 0 and (first, row) == (0, 0):
                 raise UserError("The dataset has no rows, or a shard of it that a process needs has none.")
             epoch, first, row = epoch + 1, 0, 0
 
