@@ -195,12 +195,11 @@ def evaluation_job(folder: Path) -> Job:
         pages = (out / "report.html").read_text().count("<audio")
         return {"results": report["results"], "sounds": pages, "names": sorted(every_file(out))}
 
-    def cached(out: Path) -> set:
-        return files_by_place(path for path in (out / "cache").rglob("*") if not path.name.startswith("."))
-
     def finished(out: Path) -> set:
+        """What is in the cache, but for locks and what is not complete."""
+        kept = [path for path in (out / "cache").rglob("*") if path.is_file()]
         return files_by_place(
-            file for file in (out / "cache").glob("*/*") if not file.parent.name.startswith(".")
-        )  # fmt: skip
+            path for path in kept if not any(part.startswith(".") for part in path.relative_to(out).parts)
+        )
 
-    return Job("evaluate", command, result, finished, lambda out, _: cached(out))
+    return Job("evaluate", command, result, finished, lambda out, _: finished(out))

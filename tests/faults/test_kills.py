@@ -25,7 +25,7 @@ def kill_everywhere(runs, job, folder, stride):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stride", [
-    ("images", 1), ("images with previews", 7), ("tokens", 2), ("unet", 1), ("vae", 11), ("sedd", 11),
+    ("images", 1), ("images with previews", 7), ("tokens", 2), ("unet", 2), ("vae", 11), ("sedd", 11),
     ("inference", 1), ("evaluation", 1),
 ])  # fmt: skip
 def test_killed_at_each_operation(runs, jobs, tmp_path, name, stride):
