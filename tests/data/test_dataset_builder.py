@@ -285,6 +285,20 @@ def test_shards_of_other_settings_or_files_are_refused(tmp_path, sounds):
             build_shard(AudioFolder(sounds.folder), tmp_path / "out", index)
 
 
+def test_parts_of_recordings_that_are_gone_are_noticed(tmp_path, sounds):
+    """Also if those that are left make the same parts as before."""
+    parts = list(plan_parts(sounds, {}, 0))
+    builder = DatasetBuilder(tmp_path / "out", {"a": 1}, shard=(0, 1))
+    builder.run(parts, converter(), 1)
+    builder._lock.close()
+    for recording in parts[-1].recordings:
+        (sounds.folder / recording.name).unlink()
+    left = list(plan_parts(AudioFolder(sounds.folder), {}, 0))
+    assert len(left) == len(parts) - 1
+    with pytest.raises(UserError, match=r"has parts of more of them"):
+        DatasetBuilder(tmp_path / "out", {"a": 1}, merge=True).gather(left)
+
+
 def test_shards_that_begin_together_agree_on_one_plan(tmp_path, sounds):
     """Before the first part is finished, too."""
     first = DatasetBuilder(tmp_path / "out", {"a": 1}, shard=(0, 2))
