@@ -31,7 +31,8 @@ from tonefield import (
     train_unet,
     train_vae,
 )
-from tonefield.schedulers.scheduling_score_entropy import T_SAMPLINGS
+from tonefield.schedulers import poisson_field
+from tonefield.schedulers.scheduling_score_entropy import T_SAMPLINGS, placed
 from tonefield.train_unet import OBJECTIVES
 from tonefield.training import loop
 
@@ -258,3 +259,22 @@ def test_training_elsewhere(name, mels, tokens, tmp_path, monkeypatch):
         weights, _ = first_steps(script, flags, "mps", monkeypatch, place)
     for ours, theirs in zip(weights, expected, strict=True):
         assert ours.isfinite().all() and ours.shape == theirs.shape
+
+
+def test_draws_stay_below_one_without_float64():
+    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert largest.float() == 1  # which would be a token past the last
+    with elsewhere("mps"):
+        moved = placed(largest, torch.device("mps", 0))
+        assert isinstance(moved, Far)
+        assert moved.cpu() == 1 - 2**-24
+
+
+def test_the_field_does_without_float64_on_mps():
+    x, data = torch.randn(3, 40), torch.randn(7, 40)
+    sigma = torch.tensor([0.1, 1.0, 5.0])
+    expected = poisson_field(x, data, sigma, 1, 5.0)
+    with elsewhere("mps"):
+        found = poisson_field(x.to("mps"), data.to("mps"), sigma.to("mps"), 1, 5.0)
+        assert all(isinstance(part, Far) for part in found)
+        assert all(torch.equal(part.cpu(), other) for part, other in zip(found, expected, strict=True))

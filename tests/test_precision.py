@@ -1,0 +1,120 @@
+"""
+Half precision and compiled networks. A bfloat16 has a relative rounding error of at most u = 2^-8. Errors of n
+roundings in a row that know nothing of each other add up to about u sqrt(n); here there are fewer than 100 in a row.
+"""
+
+import copy
+
+import pytest
+import torch
+from small_pipes import shaken
+from test_devices import generate, made, mel_pipe, network, text_pipe, token_pipe
+
+from tonefield import PoissonFlowScheduler
+from tonefield.models import FSQCodec, SEDDTransformer1DModel, SongUNet2DModel
+
+
+ROUNDING = 2**-8
+BOUND = 10 * ROUNDING  # sqrt(100)
+
+
+def transformer():
+    torch.manual_seed(0)
+    return shaken(SEDDTransformer1DModel(16, hidden_size=32, num_layers=2, num_heads=2, cond_dim=16, num_classes=2))
+
+
+INPUTS = {
+    "UNet2DModel": lambda: (network(), (torch.randn(2, 1, 16, 16), torch.tensor([0.3, -0.2]))),
+    "SEDDTransformer1DModel": lambda: (transformer(), (torch.randint(17, (2, 8)), torch.tensor([0.3, 2.0]))),
+}
+
+
+def relative(ours, theirs):
+    return ((ours.float() - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("cast", [False, True])
+def test_bfloat16_is_near_float32_and_not_the_same(name, cast):
+    model, inputs = INPUTS[name]()
+    expected = model(*inputs).sample
+    if cast:
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        given = [x.bfloat16() if x.ndim == 4 else x for x in inputs]
+        output = half(*given).sample
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(*inputs).sample
+    assert 0 < relative(output, expected) < BOUND
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_gradients_under_autocast(name):
+    model, inputs = INPUTS[name]()
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(*inputs).sample.float().square().mean()
+        loss.backward()
+        present = [value.grad.flatten() for value in model.parameters() if value.grad is not None]
+        assert all(value.dtype == torch.float32 for value in present)
+        gradients.append(torch.cat(present))
+    assert 0 < relative(gradients[1], gradients[0]) < 2 * BOUND  # there and back
+
+
+def test_pipelines_in_bfloat16_keep_float32_between_the_steps():
+    pipe, call = mel_pipe(PoissonFlowScheduler(solver_type="euler")), dict(class_labels=[0, 1])
+    expected = made(generate(pipe, call))
+    seen = []
+    pipe.to(torch.bfloat16)
+    hook = pipe.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    half = pipe(
+        **call, num_inference_steps=4, output_type="mel",
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        callback_on_step_end=lambda _pipe, _step, _time, values: seen.append(values["latents"].dtype) or values,
+    ).mels  # fmt: skip
+    hook.remove()
+    assert seen == [torch.bfloat16, torch.float32] * 4
+    assert 0 < relative(half, expected) < 4 * BOUND  # four calls
+
+
+@pytest.mark.parametrize("make", [lambda: text_pipe(PoissonFlowScheduler()), token_pipe], ids=["text", "tokens"])
+def test_other_pipelines_in_bfloat16(make):
+    pipe = make().to(torch.bfloat16)
+    call = dict(prompt="rain") if "unet" in pipe.components else dict(class_labels=1, num_frames=8)
+    sound = generate(pipe, call).audios
+    assert sound.dtype == torch.float32 and sound.isfinite().all() and sound.std() > 0
+
+
+SONG = dict(sample_size=16, in_channels=1, out_channels=1, model_channels=16, block_out_channels=[16, 16],
+            layers_per_block=1, attention_levels=[1])  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*INPUTS, "SongUNet2DModel", "FSQCodec"])
+def test_compiled_networks_equal_eager_ones(name):
+    torch.manual_seed(0)
+    if name in INPUTS:
+        model, inputs = INPUTS[name]()
+    elif name == "SongUNet2DModel":
+        model, inputs = shaken(SongUNet2DModel(**SONG)), (torch.randn(2, 1, 16, 16), torch.tensor([0.3, -0.2]))
+    else:
+        model, inputs = FSQCodec.from_preset("digits-8k").eval(), (torch.randn(1, 1600),)
+
+    def output(network):
+        with torch.no_grad():
+            result = network(*inputs)
+        result = result.sample if hasattr(result, "sample") else result
+        return result[0] if isinstance(result, tuple) else result
+
+    torch.testing.assert_close(output(torch.compile(model)), output(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_a_compiled_network():
+    call = dict(class_labels=[0, 1], guidance_scale=2.0)
+    pipe = mel_pipe(PoissonFlowScheduler())
+    expected = made(generate(pipe, call))
+    pipe.unet = torch.compile(pipe.unet)
+    torch.testing.assert_close(made(generate(pipe, call)), expected, rtol=1e-4, atol=1e-4)
