@@ -305,6 +305,7 @@ def test_two_processes_share_the_work(make, models, tmp_path):
     # With `--cpu` accelerate starts one process, however many it is asked for.
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --main_process_port=0 inference.py"
     command, environment = [sys.executable, *launch.split()], os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # on which the last bits depend
     flags = [f"--model={models['mel']}", "--steps=3", "--num_samples=7", "--batch_size=2"]
     command += [*flags, f"--output_dir={tmp_path / 'two'}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
