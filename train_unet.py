@@ -273,6 +273,7 @@ def make_loss(args, scheduler, data, accelerator, vae=None, texts=None, encoder=
         return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
 
     def encode(batch):
+        assert vae is not None
         with accelerator.autocast():
             return batch | {"clean": draw_latents(vae, batch["clean"], batch["posterior_noise"])}
 

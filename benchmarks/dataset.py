@@ -76,8 +76,8 @@ def make_up_digits(folder: Path, count: int) -> Path:
 def make_up_tracks(folder: Path, parts: int) -> Path:
     folder.mkdir()
     for index in range(5):
-        parts = [synthesize(KINDS[index % 3], 10, 44100, seed=12 * index + part) for part in range(parts)]
-        soundfile.write(folder / f"{index}.wav", np.concatenate(parts), 44100)
+        sounds = [synthesize(KINDS[index % 3], 10, 44100, seed=12 * index + part) for part in range(parts)]
+        soundfile.write(folder / f"{index}.wav", np.concatenate(sounds), 44100)
     return folder
 
 

@@ -45,7 +45,11 @@ def run_python(words: list[str]) -> None:
     """What `python` followed by these words does, in this process; a script is looked for in the repository."""
     module = words[0] == "-m"
     argv = words[1:] if module else [str(DOCS.parent / words[0]), *words[1:]]
-    with mock.patch.object(sys, "argv", argv), warnings.catch_warnings():
+    beside = [] if module else [str(Path(argv[0]).parent)]  # where a script may import from
+    with (
+        mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "path", [*beside, *sys.path]),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
         warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # imported before: no harm
         if module:
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
