@@ -207,6 +207,8 @@ def finish(waveform, rate: int, args: argparse.Namespace):
 
     from tonefield.data.loudness import gain_to
 
+    if not np.isfinite(waveform).all():
+        raise UserError("The model makes numbers that are not finite: its weights are damaged, or its settings.")
     if args.loudness is not None:
         waveform = waveform * gain_to(args.loudness, waveform, rate)
     count = min(round((args.fade or 0) * rate), len(waveform) // 2)

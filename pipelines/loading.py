@@ -9,11 +9,13 @@ from diffusers import DiffusionPipeline
 import tonefield
 from tonefield.conversion.audio_diffusion import HUB_ARGUMENTS, convert_audio_diffusion
 from tonefield.models import load_vocoder
+from tonefield.models.loading import check_complete, load_safely
 
 
 def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
     """
-    Load a pipeline of tonefield from the Hub or from a folder, without running any code of the repository.
+    Load a pipeline of tonefield from the Hub or from a folder, without running any code of the repository. Its
+    weights must be safetensors, and all there.
 
     What `AudioDiffusionPipeline` of diffusers has saved loads as a [`LatentAudioDiffusionPipeline`], see
     [`convert_audio_diffusion`](tonefield.conversion.convert_audio_diffusion), whose arguments may be given as well.
@@ -42,9 +44,11 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
     try:
         config: Any = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{name} is neither a folder nor a pipeline on the Hub that can be read: {reason}") from error
+    if not isinstance(config, dict) or not config.get("_class_name"):
+        raise ValueError(f"The {DiffusionPipeline.config_name} of {name} names no pipeline.")
     class_name = config["_class_name"]
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name == "AudioDiffusionPipeline" or "vqvae" in config:  # whatever it was named
@@ -55,4 +59,8 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
             f"{name} holds a {class_name}, which is no pipeline of tonefield {tonefield.__version__}: load it with"
             " diffusers.DiffusionPipeline.from_pretrained."
         )
-    return cls.from_pretrained(name, **kwargs)
+    pipe = load_safely(cls.from_pretrained, name, **{"use_safetensors": True, **kwargs})
+    for part, component in pipe.components.items():
+        if part not in kwargs:
+            check_complete(component, f"the {part} of {name}")
+    return pipe

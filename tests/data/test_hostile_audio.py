@@ -84,7 +84,7 @@ def read(data: bytes, rate: int = 22050) -> int | str:
     (wav(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 1000000 Hz"),
     (flac(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 1000000 Hz"),
     (wav(rate=999), "has a sampling rate of 999 Hz"), (wav(rate=1000), 17640),
-    (wav(rate=10**6), 17), (wav(rate=2**31 - 1), "has a sampling rate of 2147483647 Hz"),
+    (wav(rate=10**6), 18), (wav(rate=2**31 - 1), "has a sampling rate of 2147483647 Hz"),
     (wav(bits=0), "cannot be read as audio ("), (wav(bits=65535), "cannot be read as audio ("),
     (wav(kind=0xFFFF), "cannot be read as audio ("),
     (flac(total=2**36 - 1), "cannot be read as audio ("), (flac(total=10**9), "cannot be read as audio ("),
