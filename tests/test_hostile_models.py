@@ -367,6 +367,18 @@ def test_a_classifier_of_anybody(tmp_path):
         refused(tmp_path / name, message, load_sound_classifier, UserError)
 
 
+def test_states_in_a_checkpoint_are_not_run(tmp_path):
+    from accelerate import Accelerator
+
+    from tonefield.training.checkpoints import Checkpoints
+
+    torch.save(Evil(tmp_path / "made"), tmp_path / "random_states_0.pkl")
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, {})
+    with watching() as found:
+        checkpoints.restore(tmp_path)  # where the state of a generator cannot be read, a run goes on without it
+    assert found == []
+
+
 # ----- manifests
 
 
