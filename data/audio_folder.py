@@ -147,7 +147,7 @@ def _read_table(file: Path) -> pa.Table:
     try:
         content = file.read_bytes()
         if file.suffix == ".csv":
-            columns = re.match(rb"\s*[^\r\n]*", content)[0].count(b",") + 1
+            columns = content.lstrip().replace(b"\r", b"\n").split(b"\n", 1)[0].count(b",") + 1
             if columns <= MOST_COLUMNS:
                 options = pa.csv.ParseOptions(newlines_in_values=True)
                 table = pa.csv.read_csv(pa.BufferReader(content), parse_options=options)

@@ -1,6 +1,7 @@
 """One call each that loads whichever audio tokenizer or vocoder a name stands for."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def check_complete(model: Any, what: str, subfolder: str | None = None) -> None:
     files = list(Path(folder, subfolder or "").glob("*.safetensors")) if folder else []
     if not files:
         return
-    stored: dict[str, Any] = {}
+    stored: OrderedDict[str, Any] = OrderedDict()
     for file in files:
         with safe_open(file, "pt") as tensors:
             stored |= dict.fromkeys(tensors.keys())
