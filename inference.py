@@ -207,6 +207,8 @@ def finish(waveform, rate: int, args: argparse.Namespace):
 
     from tonefield.data.loudness import gain_to
 
+    if not np.isfinite(waveform).all():
+        raise UserError("The model makes numbers that are not finite: its weights are damaged, or its settings.")
     if args.loudness is not None:
         waveform = waveform * gain_to(args.loudness, waveform, rate)
     count = min(round((args.fade or 0) * rate), len(waveform) // 2)
@@ -231,7 +233,7 @@ def read_lines(file: Path) -> list[dict]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no manifest: {first_line(error)}") from None
 
 
@@ -252,6 +254,19 @@ def lines_so_far(folder: Path, common: dict) -> dict[int, dict]:
     return done
 
 
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    """The flags that a manifest's settings stand for."""
+    flags = []
+    for name, value in settings.items():
+        if name == "interpolate" and isinstance(value, list):
+            flags += ["--interpolate", *map(str, value)]
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            text = ":".join(map(str, one)) if isinstance(one, list) else str(one)
+            flags.append(f"--{name}" if one is True else f"--{name}={text}")
+    return flags
+
+
 def restore(args: argparse.Namespace) -> tuple[argparse.Namespace, list[dict]]:
     """The settings of a manifest as flags, and those of its lines that are wanted."""
     defaults = parse_args([])
@@ -265,9 +280,17 @@ def restore(args: argparse.Namespace) -> tuple[argparse.Namespace, list[dict]]:
     for number in wanted:
         if not 0 <= number < len(lines):
             raise UserError(f"--lines {number}: {args.again} has the lines 0 to {len(lines) - 1}.")
+    kinds = {"settings": dict, "fingerprint": str, "index": int, "sha256": str}
+    for number in {0, *wanted}:
+        for name, kind in kinds.items():
+            if not isinstance(lines[number], dict) or not isinstance(lines[number].get(name), kind):
+                raise UserError(f"{args.again} is no manifest: its line {number} has no {name}.")
     settings = dict(lines[0]["settings"])
     files = settings.pop("files", {})
-    again = argparse.Namespace(**{**vars(defaults), **settings})
+    for name in settings:
+        if name not in vars(defaults) or name in PLACES:
+            raise UserError(f"{args.again} is no manifest: it sets {name!r}.")
+    again = parse_args(flags_of(settings))  # checked like flags that somebody types
     again.output_dir = args.output_dir or f"{Path(args.again).parent}-again"
     if settings_of(again).get("files", {}) != files:
         raise UserError(f"A file that {args.again} was made with has changed or is gone: {', '.join(files)}.")
@@ -300,6 +323,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f"The model {name} has the fingerprint {common['fingerprint']}, the manifest's {wanted[0]['fingerprint']}."
         )
+    for line in wanted or []:
+        if not 0 <= line["index"] < len(sounds):
+            raise UserError(f"The manifest's sound {line['index']} is none of the {len(sounds)} that it tells of.")
     mark = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.output_dir or Path("sounds", f"{common['model'].split('/')[-1]}-{mark}"))
     folder.mkdir(parents=True, exist_ok=True)

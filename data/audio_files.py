@@ -35,7 +35,7 @@ FFMPEG_EXTENSIONS = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka"}
 FFMPEG_FORMATS = "mov,mp4,matroska,webm,aac,asf,mp3,ogg,flac,wav"
 
 _BLOCK_SAMPLES = 2**18  # of all channels, six seconds at 44.1 kHz: enough to be quick, small enough for any memory
-RATES = (1000, 10_000_000)  # in Hz. A header beyond is damaged, and resampling would make gigabytes of a few bytes.
+RATES = (1000, 1_000_000)  # in Hz. A header beyond is damaged, and resampling would make gigabytes of a few bytes.
 LOUDEST = 2.0**32  # beyond, what is computed of a spectrum is no number any more; 32-bit integers as floats are below
 LONGEST = 2**28  # samples that are read as a whole, 1 GiB: a few kilobytes can hold days of silence
 

@@ -1,6 +1,7 @@
 """Where recordings come from: a folder with what is known of them beside the audio, or a dataset."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from tonefield.data.loading import LOOSE_FILES
 
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "manifest.jsonl")
+MOST_COLUMNS, MOST_DEPTH = 1000, 32  # of metadata: more than anybody writes, less than what does harm
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,18 @@ class AudioFolder:
         """The columns that metadata files give, and their values by the name of the recording."""
         types: dict[str, Any] = {}
         rows: dict[str, dict[str, Any]] = {}
-        unknown = []
+        unknown, repeated = [], []
         for file in files:
-            try:
-                if file.suffix == ".csv":
-                    table = pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True))
-                else:
-                    table = pa.json.read_json(file)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-            if "file_name" not in table.column_names:
-                raise UserError(f"{file} has no column 'file_name'; its columns are {', '.join(table.column_names)}.")
+            table = _read_table(file)
             base = file.parent.relative_to(self.folder)
             for row in table.to_pylist():
                 name = os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")
-                if name in names:
-                    rows[name] = row
-                else:
+                if name not in names:
                     unknown.append(name)
+                    continue
+                if name in rows:
+                    repeated.append(name)
+                rows[name] = row
             for column in table.drop_columns("file_name").schema:
                 kind = types.setdefault(column.name, column.type)
                 if pa.types.is_null(kind):
@@ -125,6 +121,8 @@ class AudioFolder:
                     )
         if unknown:
             self.warnings.append(f"{len(unknown)} rows of metadata name no file, the first one {unknown[0]}")
+        if repeated:
+            self.warnings.append(f"{len(repeated)} rows of metadata replace an earlier one, the first {repeated[0]}")
         if files and len(rows) < len(names):
             first = min(names - rows.keys())
             self.warnings.append(f"{len(names) - len(rows)} files have no row of metadata, the first one {first}")
@@ -142,6 +140,47 @@ class AudioFolder:
             for row in rows.values():
                 row["label"] = None if row["label"] is None else classes.str2int(str(row["label"]))
         return features, rows
+
+
+def _read_table(file: Path) -> pa.Table:
+    """A file of metadata, if it is a plain table."""
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".csv":
+            columns = content.lstrip().replace(b"\r", b"\n").split(b"\n", 1)[0].count(b",") + 1
+            if columns <= MOST_COLUMNS:
+                options = pa.csv.ParseOptions(newlines_in_values=True)
+                table = pa.csv.read_csv(pa.BufferReader(content), parse_options=options)
+        else:
+            if _depth(content) > MOST_DEPTH:  # Arrow itself does not survive it
+                raise UserError(f"{file} cannot be read: it is nested more than {MOST_DEPTH} deep.")
+            table = pa.json.read_json(pa.BufferReader(content))
+            columns = table.num_columns
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if columns > MOST_COLUMNS:
+        raise UserError(f"{file} has {columns} columns: leave all but the {MOST_COLUMNS} out that matter most.")
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise UserError(f"{file} has two columns {name!r}: rename one of them.")
+    for column in table.schema:
+        if pa.types.is_binary(column.type):
+            raise UserError(f"{file}: column {column.name!r} is not UTF-8 text: save the file as UTF-8.")
+        if column.name == "label" and pa.types.is_nested(column.type):
+            raise UserError(f"{file}: column 'label' is {column.type}: a label is a text or a number.")
+    if "file_name" not in table.column_names:
+        raise UserError(f"{file} has no column 'file_name'; its columns are {', '.join(table.column_names)}.")
+    return table
+
+
+def _depth(content: bytes) -> int:
+    """How deeply the objects and arrays of a JSON text are nested."""
+    depth = deepest = 0
+    for sign in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', content, re.DOTALL):
+        depth += sign[0] in (b"[", b"{")
+        depth -= sign[0] in (b"]", b"}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 class AudioColumn:

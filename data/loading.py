@@ -37,7 +37,7 @@ def read_record(features: Features | None, script: str = "audio_to_images.py") -
     feature = (features or {}).get(RECORD_COLUMN)
     try:
         record = json.loads(feature.names[0]) if isinstance(feature, ClassLabel) else None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         record = None
     if not isinstance(record, dict) or "format" not in record:
         raise UserError(

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from tonefield.command_line import printable
 from tonefield.models.mel_spectrogram import MelSpectrogram, mel_frequencies
 
 
@@ -53,9 +54,15 @@ def draw_mels(
         if index >= count - columns:
             axis.set_xlabel("s")
         if index < len(titles):
-            axis.set_title(titles[index], fontsize=9)
+            axis.set_title(shorten(titles[index]), fontsize=9, parse_math=False)
     figure.colorbar(axes.flat[0].images[0], ax=axes, label="dB", shrink=min(1.0, 1.5 / rows), pad=0.01)
     figure.savefig(path)
+
+
+def shorten(title: str) -> str:
+    """What stands above a picture: a line that fits, whatever somebody has called a file or a class."""
+    title = printable(title)
+    return title if len(title) < 40 else title[:37] + "..."
 
 
 def look_of(samples: int, sampling_rate: int) -> MelSpectrogram:
@@ -97,5 +104,5 @@ def contact_sheet(pictures: Sequence[Path], titles: Sequence[str], path: str | P
         left, top = 8 + index % columns * (width + 8), 8 + index // columns * (height + line + 8)
         with Image.open(file) as picture:
             sheet.paste(picture.resize((width, height)), (left, top + line))
-        draw.text((left, top + 4), title if len(title) < 40 else title[:37] + "...", fill="black")
+        draw.text((left, top + 4), shorten(title), fill="black")
     sheet.save(path)

@@ -107,7 +107,7 @@ def load_sound_classifier(path: str, device: torch.device | str = "cpu") -> Soun
         if config.get("_class_name") != SoundClassifier.__name__:
             kind = config.get("_class_name") or config.get("model_type") or "something else"
             raise ValueError(f"it holds a {kind}")
-        model: Any = SoundClassifier.from_pretrained(path)
+        model: Any = SoundClassifier.from_pretrained(path, use_safetensors=True)
         return model.eval().to(device)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(

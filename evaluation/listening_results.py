@@ -77,7 +77,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def _read(path: str, form: str, what: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {first_line(error)}"
         raise UserError(f"{path} cannot be read ({reason}).") from None
     if not isinstance(content, dict) or content.get("format") != form:

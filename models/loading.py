@@ -1,13 +1,17 @@
 """One call each that loads whichever audio tokenizer or vocoder a name stands for."""
 
 import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
+from safetensors import safe_open
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 from tonefield.hub import hub_reason
 from tonefield.models.audio_tokenizer_mulaw import MuLawTokenizer
 from tonefield.models.codec_fsq import FSQCodec
@@ -16,6 +20,37 @@ from tonefield.models.wavtokenizer import WavTokenizer
 
 
 TOKENIZERS = (MuLawTokenizer, FSQCodec, TransformersCodec, WavTokenizer)
+
+
+def load_safely(from_pretrained: Callable, name: str, **kwargs) -> Any:
+    """What a class makes of a folder of anybody's: whatever it stumbles over there is a `ValueError` of one line."""
+    try:
+        return from_pretrained(name, **kwargs)
+    except (OSError, ValueError, HTTPError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error
+
+
+def check_complete(model: Any, what: str, subfolder: str | None = None) -> None:
+    """Refuses a model of whose tensors some are in none of its files: diffusers makes them up, and only warns."""
+    folder = model.config.get("_name_or_path") if isinstance(model, ModelMixin) else None
+    files = list(Path(folder, subfolder or "").glob("*.safetensors")) if folder else []
+    if not files:
+        return
+    stored: OrderedDict[str, Any] = OrderedDict()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            stored |= dict.fromkeys(tensors.keys())
+    model._fix_state_dict_keys_on_load(stored)  # they had other names once
+    if missing := sorted(model.state_dict().keys() - stored.keys()):
+        raise ValueError(f"{len(missing)} tensors of {what} are missing, the first is {missing[0]}.")
+
+
+def _whole(cls: Any, name: str, kwargs: dict[str, Any]) -> Any:
+    model = load_safely(cls.from_pretrained, name, **{"use_safetensors": True, **kwargs})
+    check_complete(model, name, kwargs.get("subfolder"))
+    return model
 
 
 def load_audio_tokenizer(
@@ -45,9 +80,9 @@ def load_audio_tokenizer(
         config = FSQCodec.load_config(name, **subfolder)
         for cls in TOKENIZERS:
             if config.get("_class_name") == cls.__name__:
-                return cls.from_pretrained(name, **{"use_safetensors": True, **kwargs})
+                return _whole(cls, name, kwargs)
         if "_class_name" not in config and "model_type" in config:
-            return TransformersCodec.from_transformers(name, **kwargs)
+            return load_safely(TransformersCodec.from_transformers, name, **kwargs)
     except (OSError, HTTPError) as error:
         raise OSError(
             f"{name} is neither 'mulaw', nor a folder or Hub id of an audio tokenizer that can be read:"
@@ -88,8 +123,7 @@ def load_vocoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         config = MMAudioVocoder.load_config(name, **kwargs)
         for cls in (MMAudioVocoder, LTX2Vocoder):
             if config.get("_class_name") == cls.__name__:
-                vocoder: Any = cls.from_pretrained(name, **{"use_safetensors": True, **kwargs})
-                return vocoder.requires_grad_(False).eval()
+                return _whole(cls, name, kwargs).requires_grad_(False).eval()
         if "_class_name" not in config and "upsample_initial_channel" in config:
             if os.path.isdir(name):
                 return convert_bigvgan(os.path.join(name, kwargs.get("subfolder") or ""))  # pyright: ignore

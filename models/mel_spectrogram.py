@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,6 +45,8 @@ PRESETS = {
 }
 
 # The quietest and loudest log-magnitude of BigVGAN mels: its own floor, and what material peaking at 1 hardly exceeds.
+# More than any front end has, less than what fills a memory: a configuration may come from anywhere.
+LIMITS = {"sample_rate": 10**6, "n_fft": 2**16, "n_mels": 1024, "num_frames": 2**22}
 LOUDEST = 2.0**32  # of a sample whose power can still be told; full scale is 1
 BIGVGAN_VALUE_RANGE = (math.log(1e-5), 2.1)
 
@@ -225,8 +228,10 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, num_frames=num_frames,
             top_db=top_db, std=std, n_iter=n_iter,
         ).items():  # fmt: skip
-            if not value > 0:
+            if not isinstance(value, Real) or not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}.")
+            if value > LIMITS.get(name, LIMITS["n_fft"]):
+                raise ValueError(f"{name} is at most {LIMITS.get(name, LIMITS['n_fft'])}, not {value}.")
         if hop_length > n_fft // 2:
             raise ValueError(f"hop_length {hop_length} must be at most n_fft / 2 = {n_fft // 2}: windows overlap.")
         f_max = sample_rate / 2 if f_max is None else f_max
@@ -243,9 +248,12 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             enough = n_fft
             while (mel_filterbank(sample_rate, enough, n_mels, f_min, f_max, mel_scale) == 0).all(1).any():
                 enough *= 2
+                if enough > LIMITS["n_fft"]:
+                    break
+            more = f"use n_fft={enough}, or fewer bands" if enough <= LIMITS["n_fft"] else "use fewer bands"
             raise ValueError(
                 f"{len(empty)} of {n_mels} mel bands lie between two bins of a transform of n_fft={n_fft} at"
-                f" {sample_rate} Hz and would always be empty: use n_fft={enough}, or fewer bands."
+                f" {sample_rate} Hz and would always be empty: {more}."
             )
         self.register_buffer("filterbank", filterbank.float())
         self._blocks = near_diagonal(filterbank.T, 32)

@@ -11,11 +11,13 @@ import tonefield
 from tonefield.conversion.audio_diffusion import HUB_ARGUMENTS, convert_audio_diffusion
 from tonefield.hub import hub_reason
 from tonefield.models import load_vocoder
+from tonefield.models.loading import check_complete, load_safely
 
 
 def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
     """
-    Load a pipeline of tonefield from the Hub or from a folder, without running any code of the repository.
+    Load a pipeline of tonefield from the Hub or from a folder, without running any code of the repository. Its
+    weights must be safetensors, and all there.
 
     What `AudioDiffusionPipeline` of diffusers has saved loads as a [`LatentAudioDiffusionPipeline`], see
     [`convert_audio_diffusion`](tonefield.conversion.convert_audio_diffusion), whose arguments may be given as well.
@@ -44,10 +46,12 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         raise FileNotFoundError(f"The folder {name} holds no {DiffusionPipeline.config_name}: it is not a pipeline's.")
     try:
         config: Any = DiffusionPipeline.load_config(name, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, RecursionError) as error:
         raise OSError(
             f"{name} is neither a folder nor a pipeline on the Hub that can be read: {hub_reason(error)}"
         ) from error
+    if not isinstance(config, dict) or not config.get("_class_name"):
+        raise ValueError(f"The {DiffusionPipeline.config_name} of {name} names no pipeline.")
     class_name = config["_class_name"]
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     cls: Any = getattr(tonefield, class_name) if class_name in dir(tonefield) else None
@@ -58,8 +62,14 @@ def load(pretrained_model_name_or_path: str | os.PathLike, **kwargs):
             " diffusers.DiffusionPipeline.from_pretrained."
         )
     try:
-        return convert_audio_diffusion(name, **kwargs) if foreign else cls.from_pretrained(name, **kwargs)
+        if foreign:
+            return convert_audio_diffusion(name, **kwargs)
+        pipe = load_safely(cls.from_pretrained, name, **{"use_safetensors": True, **kwargs})
     except HTTPError as error:
         raise OSError(
             f"{name} has not been downloaded whole: {hub_reason(error)}. Load it again: what has arrived is kept."
         ) from error
+    for part, component in pipe.components.items():
+        if part not in kwargs:
+            check_complete(component, f"the {part} of {name}")
+    return pipe

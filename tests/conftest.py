@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import settings
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,11 @@ if "HF_DATASETS_CACHE" not in os.environ:  # what scripts keep from one start to
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tonefield-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 sys.path.append(str(Path(__file__).parent))  # for what stands beside the tests
+
+# The same examples each time and whatever the speed of the machine; `HYPOTHESIS_PROFILE=search` looks for new ones.
+settings.register_profile("usual", deadline=None, derandomize=True, database=None, max_examples=20)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
 
 @pytest.fixture(scope="session")

@@ -72,12 +72,16 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # A few lines of them can stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            parser.error(f"the recipe {path} repeats a part of itself with *: write it out")
+        recipe = yaml.safe_load(text)
     except OSError as error:
         parser.error(f"cannot read the recipe {path}: {error.strerror}")
     except UnicodeDecodeError:
         parser.error(f"the recipe {path} is not UTF-8 text")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         parser.error(f"the recipe {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"the recipe {path} must consist of lines `flag: value`")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from tonefield.command_line import UserError
+from tonefield.command_line import UserError, first_line
 from tonefield.data.loading import load_split, read_record
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.interruption import leave_signals_to_the_trainer
@@ -376,9 +376,14 @@ def standardized_front_end(record: dict) -> MelSpectrogram:
             f"The dataset holds no mels: the record of its front end is {record.get('format')}. Make mels with"
             " audio_to_images.py."
         )
-    if not statistics.get("std", 0) > 0:
-        raise UserError("The dataset's mels are all the same, silence perhaps: there is nothing to learn from them.")
-    return MelSpectrogram(**front_end | {"mean": statistics["mean"], "std": statistics["std"] / SIGMA_DATA})
+    try:
+        if not statistics.get("std", 0) > 0:
+            raise UserError(
+                "The dataset's mels are all the same, silence perhaps: there is nothing to learn from them."
+            )
+        return MelSpectrogram(**front_end | {"mean": statistics["mean"], "std": statistics["std"] / SIGMA_DATA})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The record of the dataset's front end is damaged: {first_line(error)}") from None
 
 
 def find_classes(args, features) -> tuple[str | None, list[str]]:

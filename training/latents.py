@@ -21,6 +21,7 @@ from tonefield.command_line import UserError, first_line
 from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
 from tonefield.files import replace_folder
 from tonefield.hub import hub_errors, hub_reason
+from tonefield.models.loading import check_complete, load_safely
 from tonefield.models.mel_spectrogram import MelSpectrogram
 from tonefield.training.checkpoints import fingerprint_of
 from tonefield.training.data import LATENT_COLUMNS, EndlessRows, ReadMels, TrainingData, open_split
@@ -153,7 +154,9 @@ def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
     def load(cls, subfolder: str | None):
         if subfolder and Path(name).exists() and not Path(name, subfolder).is_dir():
             raise OSError  # diffusers would take what lies one folder above
-        return cls.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+        model = load_safely(cls.from_pretrained, name, subfolder=subfolder, use_safetensors=True)
+        check_complete(model, subfolder or name, subfolder)
+        return model
 
     vae = mel = None
     try:
@@ -161,6 +164,8 @@ def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
         mel = load(MelSpectrogram, "mel")
     except OSError:
         pass
+    except ValueError as error:
+        raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
     try:
         vae = vae or load(AutoencoderKL, None)
     except hub_errors() as error:

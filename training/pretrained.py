@@ -16,7 +16,7 @@ def open_pretrained(args) -> Any:
     knows none."""
     name = args.from_pretrained
     try:
-        pipeline: Any = tonefield.load(name, use_safetensors=True)
+        pipeline: Any = tonefield.load(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--from_pretrained {name} cannot be loaded: {first_line(error)}") from None
     if not hasattr(pipeline, "unet"):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError
 from tonefield.hub import hub_errors, hub_reason
+from tonefield.models.loading import load_safely
 from tonefield.pipelines import encode_text
 from tonefield.pipelines.tonefield_text import tokenize_text
 from tonefield.training.checkpoints import fingerprint_of
@@ -36,8 +37,8 @@ def open_text_encoder(args) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, T5EncoderModel
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
-        encoder = T5EncoderModel.from_pretrained(args.text_encoder, use_safetensors=True)
+        tokenizer = load_safely(AutoTokenizer.from_pretrained, args.text_encoder)
+        encoder = load_safely(T5EncoderModel.from_pretrained, args.text_encoder, use_safetensors=True)
     except hub_errors() as error:
         raise UserError(f"--text_encoder {args.text_encoder} cannot be loaded: {hub_reason(error)}") from None
     return tokenizer, encoder.requires_grad_(False).eval()

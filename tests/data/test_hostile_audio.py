@@ -81,10 +81,10 @@ def read(data: bytes, rate: int = 22050) -> int | str:
     (wav(channels=65535), "cannot be read as audio (Too many channels specified)"),
     (wav(rate=0), "cannot be read as audio ("), (wav(rate=2**31), "cannot be read as audio ("),
     # Resampled, a byte would become 11025 samples, which were gigabytes of a small file.
-    (wav(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 10000000 Hz"),
-    (flac(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 10000000 Hz"),
+    (wav(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 1000000 Hz"),
+    (flac(rate=1), "has a sampling rate of 1 Hz: sound has 1000 to 1000000 Hz"),
     (wav(rate=999), "has a sampling rate of 999 Hz"), (wav(rate=1000), 17640),
-    (wav(rate=10**7), 2), (wav(rate=2**31 - 1), "has a sampling rate of 2147483647 Hz"),
+    (wav(rate=10**6), 18), (wav(rate=2**31 - 1), "has a sampling rate of 2147483647 Hz"),
     (wav(bits=0), "cannot be read as audio ("), (wav(bits=65535), "cannot be read as audio ("),
     (wav(kind=0xFFFF), "cannot be read as audio ("),
     (flac(total=2**36 - 1), "cannot be read as audio ("), (flac(total=10**9), "cannot be read as audio ("),
@@ -178,7 +178,7 @@ print(sum(map(len, read_blocks(path, 8000))), peak() - before)
 @pytest.mark.slow
 def test_a_sound_of_days_is_refused_where_it_must_be_read_as_a_whole(tmp_path):
     with soundfile.SoundFile(tmp_path / "bomb.flac", "w", 1000, 1, "PCM_16") as file:
-        for _ in range(16):
+        for _ in range(65):
             file.write(np.zeros(2**22, np.int16))
     with pytest.raises(TooLongError, match=r"^is longer than the 559 minutes that are read at once"):
         read_audio(tmp_path / "bomb.flac", 8000)
@@ -259,7 +259,7 @@ def test_a_folder_of_hostile_files(tmp_path, capfd):
         "\x1b[31mred.wav": "has a name with control characters: rename it",
         "\u202efdp.wav": "has a name with control characters: rename it",
         "huge.wav": "holds samples of up to 1e+30, where full scale is 1",
-        "rate.wav": "has a sampling rate of 1 Hz: sound has 1000 to 10000000 Hz",
+        "rate.wav": "has a sampling rate of 1 Hz: sound has 1000 to 1000000 Hz",
         "channels.wav": "cannot be read as audio (Too many channels specified)",
         "random.flac": "cannot be read as audio (Format not recognised)",
     }
