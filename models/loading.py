@@ -26,7 +26,7 @@ def load_safely(from_pretrained: Callable, name: str, **kwargs) -> Any:
     """What a class makes of a folder of anybody's: whatever it stumbles over there is a `ValueError` of one line."""
     try:
         return from_pretrained(name, **kwargs)
-    except (OSError, ValueError, HTTPError):
+    except (OSError, ValueError, HTTPError, NotImplementedError):  # the last one of an argument
         raise
     except Exception as error:
         raise ValueError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error

@@ -254,7 +254,8 @@ def test_training_elsewhere(name, mels, tokens, tmp_path, monkeypatch):
         weights, waits = first_steps(script, flags, "cuda", monkeypatch, place)
     assert set(waits) == set()
     assert len(weights) == len(expected) > 10
-    assert all(map(torch.equal, weights, expected))
+    for ours, theirs in zip(weights, expected, strict=True):  # AdamW of another device adds in another order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     with elsewhere("mps") as place:
         weights, _ = first_steps(script, flags, "mps", monkeypatch, place)
     for ours, theirs in zip(weights, expected, strict=True):

@@ -60,7 +60,9 @@ def rows_of(folder: Path, split: str = "train") -> list[np.ndarray]:
 
 
 def parsed(dataset, network, *flags):
-    return train_sedd.parse_args(flags_of("unused", dataset, f"--model_config={network}", *flags))
+    unused = Path(dataset).parent / "unused"
+    unused.mkdir(exist_ok=True)
+    return train_sedd.parse_args(flags_of(unused, dataset, f"--model_config={network}", *flags))
 
 
 def built(dataset, network, *flags, random=True):
@@ -560,7 +562,7 @@ def test_bad_datasets(tokens, network, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             train(tmp_path / "out", dataset, network, *flags)
         assert "\n" not in str(caught.value)
-        assert not list((tmp_path / "out").glob("*"))
+        assert not list((tmp_path / "out").glob("[!.]*"))
 
     refused("nowhere cannot be loaded", tmp_path / "nowhere")
     datasets.Dataset.from_dict({"codes": [[[1]]]}).save_to_disk(tmp_path / "alien")
@@ -626,7 +628,7 @@ def test_bad_networks_and_runs(tokens, pairs, usual, network, tmp_path):
     refused("scheduler .* they must be equal", tokens, TINY, resume, "--noise_schedule=cosine")
     refused("t sampling stratified, this run has uniform", tokens, TINY, resume, "--t_sampling=uniform")
     refused(r"classes .'high', 'low'., this run has ..: ", tokens, TINY, resume, "--no-class_conditional")
-    assert list((tmp_path / "out").glob("*")) == []
+    assert list((tmp_path / "out").glob("[!.]*")) == []
 
 
 @pytest.mark.parametrize("recipe", ["fsdd-tokens-cpu", "sedd-music"])

@@ -482,7 +482,7 @@ def test_bad_datasets_and_runs(usual, mels, tmp_path):
     (tmp_path / "used" / "file").touch()
     refused("used is in use: delete it", mels, f"--cache_latents={tmp_path / 'used'}")
     refused("cannot be written", mels, f"--cache_latents={tmp_path / 'used' / 'file' / 'x'}")
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == [".lock"]
     resume = f"--resume_from_checkpoint={usual / 'checkpoint-4'}"
     refused("trained with model size tiny, this run has small", mels, resume, "--model_size=small")
     refused("latent shape 4 x 4 x 8, this run has 4 x 8 x 16", mels, resume, "--latent_dims=8,16")

@@ -87,15 +87,15 @@ def test_second_call_equals_the_first(random_pipe):
 def test_a_batch_equals_its_sounds_one_by_one(random_pipe, sounds, options):
     audio = sounds[:3] if options and "loop" not in options else None
     labels = [0, 2, 1]
-    together = random_pipe(
-        3, class_labels=labels, guidance_scale=2, audio=audio, generator=seeds(5, 6, 7), **options
-    ).audios
+    together = random_pipe(3, class_labels=labels, guidance_scale=2, audio=audio, generator=seeds(5, 6, 7), **options)
     for i in range(3):
         alone = random_pipe(
             class_labels=labels[i], guidance_scale=2, audio=None if audio is None else audio[i],
             generator=seeds(5 + i), **options,
         )  # fmt: skip
-        np.testing.assert_allclose(alone.audios[0], together[i], atol=2e-5)
+        torch.testing.assert_close(alone.mels[0], together.mels[i], rtol=0, atol=2e-5)
+        # Griffin-Lim makes more of last digits; two sounds differ by more than 1.
+        np.testing.assert_allclose(alone.audios[0], together.audios[i], atol=5e-3)
 
 
 def test_mask_per_sound(random_pipe, data):

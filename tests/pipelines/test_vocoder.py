@@ -115,7 +115,9 @@ def test_saved_with_the_pipeline(published, tmp_path, kind, vocoder):
     expected = pipe(generator=torch.Generator().manual_seed(0), **call).audios
     loaded = quiet(tonefield.load(tmp_path))
     assert type(loaded.vocoder) is KINDS[vocoder] and loaded.vocoder.config._mel == pipe.vocoder.config._mel
-    np.testing.assert_array_equal(loaded(generator=torch.Generator().manual_seed(0), **call).audios, expected)
+    # Where weights lie in memory may decide how a processor adds: equal but for last digits.
+    made = loaded(generator=torch.Generator().manual_seed(0), **call).audios
+    np.testing.assert_allclose(made, expected, rtol=0, atol=2e-6)
     # In half precision the vocoder stays as exact as it is.
     half = quiet(tonefield.load(tmp_path, dtype=torch.bfloat16))
     assert half.unet.dtype == torch.bfloat16 and half.vocoder.dtype == torch.float32
