@@ -5,7 +5,7 @@
 
 A solver is what the pipeline's scheduler calls `solver_type` (Poisson flow: dpmsolver++, heun, euler, rk45; score
 SDE: pc, euler, heun, rk45) or `predictor` (tokens: event, analytic, euler, remdm, confidence), or for the schedulers
-of diffusers the name of a class (DDIMScheduler, DPMSolverMultistepScheduler, ...).
+of diffusers what inference.py --solver calls it (ddim, dpmsolver++, ...) or the name of its class.
 
 All cells of the grid start from the same noise. --output_dir receives sampling.json, which grows with each cell, and
 sampling.png. Times are those of the call, from noise to sound, after one call that is not counted. What is reported:
@@ -73,6 +73,7 @@ def with_solver(scheduler: Any, name: str | None) -> Any:
     """A scheduler like `scheduler`, for the same network, with another solver; `None`: its own."""
     import diffusers
 
+    from tonefield.pipelines.from_flags import SOLVERS
     from tonefield.schedulers import PoissonFlowScheduler, ScoreEntropyScheduler, ScoreSDEScheduler
 
     if name is None:
@@ -81,6 +82,7 @@ def with_solver(scheduler: Any, name: str | None) -> Any:
         field = "predictor" if isinstance(scheduler, ScoreEntropyScheduler) else "solver_type"
         changed: dict[str, Any] = {field: name}
         return type(scheduler).from_config(scheduler.config, **changed)
+    name = SOLVERS.get(name, name)
     compatible = {cls.__name__: cls for cls in [type(scheduler), *scheduler.compatibles]}
     if name not in compatible:
         kind = "is not one" if hasattr(diffusers, name) else "does not exist"

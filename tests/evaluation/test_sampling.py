@@ -108,11 +108,13 @@ def test_solvers_by_name():
     other = with_solver(DDIMScheduler(beta_end=0.01), "DPMSolverMultistepScheduler")
     assert isinstance(other, DPMSolverMultistepScheduler) and other.config.beta_end == 0.01
     assert own_solver(other) == "DPMSolverMultistepScheduler"
+    named = with_solver(DDIMScheduler(), "dpmsolver++")  # as inference.py has it
+    assert isinstance(named, DPMSolverMultistepScheduler)
     assert with_solver(tokens, None) is not tokens
     for scheduler, name, message in [
         (poisson, "DDIMScheduler", "DDIMScheduler"),
         (tokens, "heun", "heun"),
-        (DDIMScheduler(), "heun", "heun does not exist: a network of DDIMScheduler can be sampled with DDIM"),
+        (DDIMScheduler(), "heyn", "heyn does not exist: a network of DDIMScheduler can be sampled with DDIM"),
         (DDIMScheduler(), "VQDiffusionScheduler", "VQDiffusionScheduler is not one"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -236,7 +238,7 @@ def test_errors_are_one_line(models, reference, tmp_path, capsys):
     refused("poisson", "--metrics=fda", message="There is no metric 'fda'")
     refused("poisson", "--metrics=is", message="is needs --classifier")
     refused("poisson", "--solvers=rk99", message="--solvers rk99: .*rk99")
-    refused("text", "--solvers=heun", message="--solvers heun: heun does not exist")
+    refused("text", "--solvers=heyn", message="--solvers heyn: heyn does not exist")
     refused("poisson", "--prompts=a", message="MelPFGMPipeline in .* reads no text")
     refused("poisson", "--audio_length_in_s=3", message="--audio_length_in_s: a MelPFGMPipeline does not take it")
     refused("pictures", message="makes pictures, not sounds")
