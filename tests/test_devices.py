@@ -225,7 +225,10 @@ def mel_flags(*flags, recipe=RECIPE):
 VAE_RECIPE = ROOT / "recipes" / "test-tiny-vae.yaml"
 TOKEN_FLAGS = ["--gradient_accumulation_steps=1", "--max_train_steps=9"]
 TRAININGS = {
-    **{f"unet {name}": (train_unet, mel_flags(f"--objective={name}")) for name in OBJECTIVES},
+    **{
+        f"unet {name}": (train_unet, mel_flags(f"--objective={name}", "--num_inference_steps=30"))
+        for name in OBJECTIVES
+    },
     "unet, D = 1": (train_unet, mel_flags("--aug_dim=1")),
     "vae": (train_vae, mel_flags("--discriminator_start=0", "--latent_dims=8,8", recipe=VAE_RECIPE)),
     **{f"sedd {name}": (train_sedd, [*TOKEN_FLAGS, f"--t_sampling={name}"]) for name in T_SAMPLINGS},
