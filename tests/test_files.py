@@ -172,3 +172,10 @@ time.sleep(1000)
         other.wait()
         claim(tmp_path).close()
         other.stdin.write("\n")  # the worker may end
+
+
+def test_a_process_that_is_lost_is_no_full_disk(tmp_path):
+    from torch.distributed import DistNetworkError
+
+    with pytest.raises(DistNetworkError), writing(tmp_path / "checkpoint-3"):
+        raise DistNetworkError("Connection reset by peer")

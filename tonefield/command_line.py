@@ -136,7 +136,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except Interrupted as interrupted:
         sys.exit(interrupted.status)
     except RuntimeError as error:
-        if not _between_processes(error):
+        if not between_processes(error):
             raise
         sys.exit(f"error: this process cannot reach the others; has one ended, or does it hang? {first_line(error)}")
     except KeyboardInterrupt:
@@ -145,7 +145,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     sys.exit(0)
 
 
-def _between_processes(error: RuntimeError) -> bool:
+def between_processes(error: BaseException) -> bool:
     """Whether an error comes from what connects the processes of a run."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed is None or not distributed.is_available():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tonefield.command_line import UserError, first_line
+from tonefield.command_line import UserError, between_processes, first_line
 
 
 AGAIN = "start the same command again"
@@ -27,7 +27,8 @@ def writing(path: Path | str, remedy: str = AGAIN) -> Iterator[None]:
     except Exception as error:
         from safetensors import SafetensorError
 
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # libsndfile's and torch's are the second
+        # Those of libsndfile and torch are of the second kind, but so is that of processes that have lost each other.
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) or between_processes(error):
             raise
         reason = first_line(error.strerror or error if isinstance(error, OSError) else error).rstrip(".")
         raise UserError(
