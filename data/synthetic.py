@@ -35,7 +35,7 @@ def synthesize(kind: str, seconds: float, sample_rate: int, seed: int = 0) -> np
 
     if kind == "plucks":
         for onset in np.arange(0, seconds, beat / 2):
-            if rng.random() < 0.8:
+            if rng.random() < 0.8 or onset == 0:  # a short piece has one note at least
                 sound += tone(note(rng.integers(3, 15)), 1.5) * np.exp(-since(onset) * 6)
     elif kind == "pads":
         for onset in np.arange(0, seconds, 4 * beat):

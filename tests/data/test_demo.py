@@ -22,3 +22,8 @@ def test_demo_makes_a_dataset_with_pictures_and_sounds_and_can_be_repeated(tmp_p
     assert {split: len(rows) for split, rows in dataset.items()} == {"train": 15, "validation": 3}
     assert dataset["train"].features["label"].names == sorted(KINDS)
     assert len(list((tmp_path / "dataset" / "previews").glob("*.wav"))) == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_pieces_are_not_silent(kind):
+    assert all(np.abs(synthesize(kind, 0.3, 8000, seed)).max() > 0.49 for seed in range(40))
