@@ -17,7 +17,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _work(rank: int, count: int, connection) -> None:
+# What `accelerate launch` tells processes that are to divide the weights among them.
+DIVIDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def _work(rank: int, count: int, settings: dict[str, str], connection) -> None:
     """One of the processes: runs each script that it is sent, and answers with its output and what went wrong."""
     os.environ |= {
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count),
@@ -28,7 +32,8 @@ def _work(rank: int, count: int, connection) -> None:
 
     torch.set_num_threads(1)
     while job := connection.recv():
-        name, argv, os.environ["MASTER_PORT"] = job
+        name, argv, port = job
+        os.environ |= settings | {"MASTER_PORT": port}
         reset_accelerate()
         output, error = io.StringIO(), None
         try:
@@ -44,12 +49,12 @@ def _work(rank: int, count: int, connection) -> None:
 class ProcessGroup:
     """`count` processes. A run in which one of them fails is an error, and ends them all."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, settings: dict[str, str] | None = None):
         context = multiprocessing.get_context("spawn")
         self.count, self.connections, self.processes = count, [], []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            self.processes.append(context.Process(target=_work, args=(rank, count, theirs)))
+            self.processes.append(context.Process(target=_work, args=(rank, count, settings or {}, theirs)))
             self.processes[-1].start()
             theirs.close()
             self.connections.append(ours)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import resource
 import sys
 import time
@@ -33,7 +32,9 @@ from tonefield.training.checkpoints import (
 )
 from tonefield.training.data import Data, Shares
 from tonefield.training.interruption import REASONS, Interruption, interrupted
+from tonefield.training.lora import has_adapter
 from tonefield.training.randomness import derive_seed, make_generators
+from tonefield.training.sharding import Sharding, launcher_wants, read_launcher, whole_of
 
 
 # How long a process waits for the others. The first one alone encodes captions and makes samples meanwhile. (It need
@@ -41,14 +42,15 @@ from tonefield.training.randomness import derive_seed, make_generators
 PATIENCE = timedelta(hours=1)
 
 # What else `accelerate launch` can be told to train with, and the variable that says so.
-OTHER_ENGINES = {"DeepSpeed": "DEEPSPEED", "FSDP": "FSDP", "Megatron-LM": "MEGATRON_LM"}
+OTHER_ENGINES = {"DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
 
 
 def make_accelerator(args) -> Accelerator:
     """Accelerate as the flags describe it. The schedule advances once an optimizer step, whatever the processes."""
     for engine, name in OTHER_ENGINES.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+        if launcher_wants(f"ACCELERATE_USE_{name}"):
             raise UserError(f"The launcher asks for {engine}, with which this does not train: use --multi_gpu (DDP).")
+    reshard = read_launcher()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     tracker = args.report_to
     if tracker in LoggerType.list() and tracker not in ("all", *map(str, get_available_trackers())):
@@ -68,6 +70,10 @@ def make_accelerator(args) -> Accelerator:
         accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
     ):  # accelerate would compute in float32
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
+    if reshard is not None and accelerator.num_processes > 1:
+        if accelerator.mixed_precision == "fp16":  # processes would not know of overflows in the shares of others
+            raise UserError("--mixed_precision fp16 does not go with FSDP: use bf16 or no.")
+        accelerator.reshard = reshard  # pyright: ignore[reportAttributeAccessIssue]
     if accelerator.is_main_process:
         if (lock := claim(Path(args.output_dir))) is not None:
             weakref.finalize(accelerator, lock.close)
@@ -127,9 +133,12 @@ class Average:
     while; here they are never touched.
     """
 
-    def __init__(self, model: torch.nn.Module, args):
-        frozen = {id(value): value for value in model.parameters() if not value.requires_grad}
-        self.network = copy.deepcopy(model, memo=dict(frozen)).eval()
+    def __init__(self, model: torch.nn.Module, args, sharding: Sharding | None = None):
+        if sharding:
+            self.network = sharding.divide(sharding.whole(model))
+        else:
+            frozen = {id(value): value for value in model.parameters() if not value.requires_grad}
+            self.network = copy.deepcopy(model, memo=dict(frozen)).eval()
         averages = [value for value in self.network.parameters() if value.requires_grad]
         self.network.requires_grad_(False)
         self.ema = EMAModel(
@@ -258,8 +267,20 @@ def train(
             " another --output_dir."
         )
 
+    reshard = getattr(accelerator, "reshard", None)
+    if reshard is not None and (opponent or has_adapter(model)):
+        what = "An opponent (--discriminator_weight)" if opponent else "--lora_rank"
+        raise UserError(f"{what} does not go with FSDP: leave it out, or launch with --multi_gpu (DDP).")
     model.to(device)
-    average = Average(model, args) if args.use_ema else None
+    sharding = None
+    if reshard is not None:
+        sharding = Sharding(accelerator, model, reshard)
+        accelerator.print(
+            f"weights, gradients, moments and averages are divided among {shares.num_processes} processes"
+        )
+    if sharding:
+        sharding.divide(model)
+    average = Average(model, args, sharding) if args.use_ema else None
     networks = {name: model} | ({f"{name}_ema": average.network} if average else {})
     groups: list[dict] = [{"params": [value for value in model.parameters() if value.requires_grad]}]
     if opponent:
@@ -272,9 +293,14 @@ def train(
     schedule = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    if sharding:
+        sharding.save_whole(optimizer)
+        network = accelerator.prepare_model(model, evaluation_mode=True)  # which is all but DDP
+        optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    else:
+        network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     trained = [network] + ([accelerator.prepare(opponent.network)] if opponent else [])
-    checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit)
+    checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit, sharding)
 
     step, stop, resume_at = 0, 0, None
     if found:
@@ -304,7 +330,11 @@ def train(
             if args.test or not sys.stderr.isatty():
                 tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
-    result = average.network if average else model
+    def result() -> torch.nn.Module:
+        """What would be published now."""
+        network = average.network if average else model
+        return sharding.whole(network) if sharding else network
+
     best = None
     if (keep_best or args.best_metric) and accelerator.is_main_process:
         best = Best(folder, name, found is None, f"validation_{args.best_metric or 'loss'}")
@@ -314,17 +344,18 @@ def train(
         return args.validation_steps > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
 
     def check() -> None:
+        now = result()
         if validate is None:
-            losses = validation_losses(args, accelerator, result, data, compute_loss)
+            losses = validation_losses(args, accelerator, now, data, compute_loss)
         else:
-            losses = validate(result)
+            losses = validate(now)
         report(losses)
-        if generate is not None and accelerator.is_main_process and (values := generate(result, step)):
+        if generate is not None and accelerator.is_main_process and (values := generate(now, step)):
             report(values)
             losses = losses | values
         if best is not None:
             stage = 0 if opponent is None else int(step > opponent.start)
-            best.offer(result, losses[best.metric], step, stage)
+            best.offer(now, losses[best.metric], step, stage)
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -350,7 +381,7 @@ def train(
                     measurements.add(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-                        measurements.norms.append(torch.as_tensor(norm))
+                        measurements.norms.append(whole_of(torch.as_tensor(norm)))
                         for other in playing:  # accelerate has unscaled all gradients, and does so only once
                             torch.nn.utils.clip_grad_norm_(other.parameters(), args.max_grad_norm)
                     optimizer.step()
@@ -384,9 +415,10 @@ def train(
         if REASONS[stop] != "--max_hours":  # when the time is up, what there is by then is the result
             accelerator.end_training()
             raise interrupted(REASONS[stop])
+    trained_network = result()
     if best is not None:
-        best.restore(result)
-    return result
+        best.restore(trained_network)
+    return trained_network
 
 
 def cut_metrics(file: Path, step: int, validates: bool) -> None:

@@ -1,0 +1,98 @@
+"""FSDP by itself; that whole runs with it are the runs without it is in test_several_processes.py."""
+
+import json
+
+import divided_networks
+import pytest
+from process_groups import DIVIDED, ProcessGroup
+from training_runs import RECIPE, train
+
+from tonefield import train_unet, train_vae
+from tonefield.command_line import UserError
+from tonefield.training.loop import make_accelerator
+from tonefield.training.sharding import read_launcher
+
+
+FLAGS = ("--max_train_steps=2", "--num_validation_samples=0")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets what `accelerate launch` would."""
+
+    def launch(**settings):
+        for name, value in (DIVIDED | settings).items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_what_the_launcher_asks_for(launched, monkeypatch):
+    assert read_launcher() is None
+    launched()
+    assert read_launcher() is True
+    assert read_launcher() is None  # transformers and accelerate are not to see it
+    launched(FSDP_RESHARD_AFTER_FORWARD="false")
+    assert read_launcher() is False
+
+
+@pytest.mark.parametrize("setting, value, remedy", [
+    ("FSDP_VERSION", "1", "FSDP 1, .*fsdp_version: 2"),
+    ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params, .*leave it out"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: use --gradient_checkpointing"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused(launched, tmp_path, setting, value, remedy):
+    launched(**{setting: value})
+    with pytest.raises(UserError, match=remedy):
+        make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}"]))
+
+
+def test_one_process_has_nothing_to_divide(launched, mels, tmp_path):
+    plain = train(tmp_path / "plain", mels, *FLAGS)
+    launched()
+    alone = train(tmp_path / "alone", mels, *FLAGS)
+    losses = [(folder / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0] for folder in (plain, alone)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def group(request):
+    group = ProcessGroup(request.param, DIVIDED)
+    yield group
+    group.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", divided_networks.NETWORKS)
+def test_each_has_a_share_and_all_have_the_whole(group, name):
+    """Every network, with weights whose first dimension cannot be divided evenly, or at all."""
+    group.run(divided_networks, [name])
+    told = [json.loads(said.splitlines()[-1]) for said in group.said]
+    whole = told[0]["whole"]
+    assert sum(one["share"] for one in told) == whole
+    assert sum(one["moments"] for one in told) == 2 * whole
+    assert max(one["share"] for one in told) < 0.75 * whole
+    for one in told:
+        assert one["undivided is equal"] and one["restored is equal"] and one["moments are restored"]
+        # The same mathematics in the same order, but for how a batch is divided.
+        assert one["output differs by"] < 1e-5 and one["weights differ by"] < 1e-5 < one["weights moved by"]
+
+
+@pytest.mark.slow
+def test_what_does_not_go_with_it(mels, tmp_path):
+    group = ProcessGroup(2, DIVIDED)
+    with pytest.raises(AssertionError, match=r"opponent .--discriminator_weight. does not go with FSDP"):
+        group.train(tmp_path, mels, *FLAGS, config=RECIPE.with_name("test-tiny-vae.yaml"), script=train_vae)
+
+
+@pytest.mark.slow
+def test_bfloat16_as_without(mels, tmp_path):
+    """Autocast computes in bfloat16; the weights, and what is averaged, are float32 in both."""
+    runs = []
+    for name, settings in (("whole", None), ("divided", DIVIDED)):
+        group = ProcessGroup(2, settings)
+        flags = (*FLAGS, "--mixed_precision=bf16", "--adam_epsilon=0.01")
+        folder = group.train(tmp_path / name, mels, *flags, config=RECIPE, script=train_unet)
+        runs.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        group.close()
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
