@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch.distributed.tensor import DTensor
 
 from tonefield.models import SEDDTransformer1DModel
-from tonefield.training.sharding import Sharding, whole_of
+from tonefield.training.sharding import Sharding, blocks_of, whole_of
 
 
 def make_unet():
@@ -50,6 +50,7 @@ NETWORKS = {"u-net": make_unet, "u-net told words": make_text_unet, "autoencoder
 def parse_args(argv):
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=NETWORKS)
+    parser.add_argument("--keep", action="store_true", help="weights of blocks between the passes")
     return parser.parse_args(argv)
 
 
@@ -79,7 +80,7 @@ def main(args):
     torch.manual_seed(0)
     network, batch = NETWORKS[args.name]()
     before = copy.deepcopy(network)
-    sharding = Sharding(accelerator, network, reshard=True)
+    sharding = Sharding(accelerator, network, reshard=not args.keep)
     sharding.divide(network)
     undivided = equal(sharding.whole(network).state_dict(), before.state_dict())
     optimizer, one = optimize(network), optimize(plain := copy.deepcopy(before))
@@ -94,6 +95,9 @@ def main(args):
 
     # A second step goes away from what was saved, which is then restored.
     saved = broadcast_object_list([optimizer.state_dict()])[0]
+    network(*mine)
+    blocks = [value for block in blocks_of(network) for value in block.parameters()]
+    kept_whole = [not isinstance(value, DTensor) for value in blocks]
     step(network, optimizer, mine)
     gone = not equal(sharding.whole(network).state_dict(), after)
     network.load_state_dict(sharding.shares(network, after))
@@ -102,7 +106,7 @@ def main(args):
     kept = [saved["state"][n][name] for n in saved["state"] for name in saved["state"][n] if name != "step"]
     print(json.dumps({
         "share": size(network.parameters()), "whole": size(before.parameters()), "moments": size(moments),
-        "undivided is equal": undivided,
+        "undivided is equal": undivided, "blocks kept": sum(kept_whole) / len(kept_whole),
         "restored is equal": gone and equal(sharding.whole(network).state_dict(), after),
         "moments are restored": all(whole_of(now).equal(then) for now, then in zip(moments, kept, strict=True)),
         "output differs by": differs.item(), "weights differ by": apart.item(), "weights moved by": moved.item(),

@@ -89,9 +89,10 @@ class Sharding:
         """In place. An optimizer is to be made after it."""
         for block in blocks_of(network):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard)
-        return fully_shard(network, mesh=self.mesh)
+        fully_shard(network, mesh=self.mesh)
+        return network
 
-    def whole(self, network: nn.Module) -> nn.Module:
+    def whole(self, network: nn.Module) -> Any:
         """A copy that is not divided; every process calls this."""
         copied = copy.deepcopy(self.skeleton)
         weights = {name: whole_of(value) for name, value in network.state_dict().items()}

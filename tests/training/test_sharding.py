@@ -73,9 +73,16 @@ def test_each_has_a_share_and_all_have_the_whole(group, name):
     assert sum(one["moments"] for one in told) == 2 * whole
     assert max(one["share"] for one in told) < 0.75 * whole
     for one in told:
+        assert one["blocks kept"] == 0
         assert one["undivided is equal"] and one["restored is equal"] and one["moments are restored"]
         # The same mathematics in the same order, but for how a batch is divided.
         assert one["output differs by"] < 1e-5 and one["weights differ by"] < 1e-5 < one["weights moved by"]
+
+
+@pytest.mark.slow
+def test_blocks_can_be_kept_whole_between_the_passes(group):
+    group.run(divided_networks, ["u-net", "--keep"])
+    assert [json.loads(said.splitlines()[-1])["blocks kept"] for said in group.said] == [1] * group.count
 
 
 @pytest.mark.slow
