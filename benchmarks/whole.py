@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from _table import Row, show
 from _workloads import Workload, make_workloads
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,41 +36,40 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds = {"network": 0.0, "optimizer": 0.0, "average": 0.0}
-        self.depth, self.began = 0, 0.0
+        self.running, self.began = False, 0.0
         self.undo: list[Callable[[], Any]] = []
 
-    def enter(self, *_) -> None:
-        if self.depth == 0:
-            self.began = time.process_time()
-        self.depth += 1
+    def start(self, *_) -> None:
+        self.running, self.began = True, time.process_time()
 
-    def leave(self, kind: str) -> None:
-        self.depth -= 1
-        if self.depth == 0:
-            self.seconds[kind] += time.process_time() - self.began
+    def stop(self, kind: str) -> None:
+        self.seconds[kind] += time.process_time() - self.began
+        self.running = False
 
     def wrap(self, owner: Any, name: str, kind: str) -> None:
         """Watches a function."""
         before = getattr(owner, name)
 
         def watched(*args, **kwargs):
-            self.enter()
+            if self.running:
+                return before(*args, **kwargs)
+            self.start()
             try:
                 return before(*args, **kwargs)
             finally:
-                self.leave(kind)
+                self.stop(kind)
 
         setattr(owner, name, watched)
         self.undo.append(lambda: setattr(owner, name, before))
 
     def __enter__(self) -> "Stopwatch":
         hooks = [
-            register_module_forward_pre_hook(self.enter),
-            register_module_forward_hook(lambda *_: self.leave("network"), always_call=True),
-            register_optimizer_step_pre_hook(self.enter),
-            register_optimizer_step_post_hook(lambda *_: self.leave("optimizer")),
+            register_optimizer_step_pre_hook(self.start),
+            register_optimizer_step_post_hook(lambda *_: self.stop("optimizer")),
         ]
         self.undo += [hook.remove for hook in hooks]
+        # Not by hooks, which all modules within modules would call: some hundredths of the time of a small network.
+        self.wrap(torch.nn.Module, "__call__", "network")
         self.wrap(torch.autograd, "backward", "network")
         self.wrap(torch.autograd, "grad", "network")
         self.wrap(Average, "step", "average")

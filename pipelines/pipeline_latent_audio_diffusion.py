@@ -277,13 +277,14 @@ class LatentAudioDiffusionPipeline(
         latents: torch.Tensor,
         timestep: torch.Tensor,
         text: TokenStates | None,
+        dtype: torch.dtype,
         loop: bool,
         rows: int,
         rescale: float = 0.0,
     ) -> torch.Tensor:
         """
         The network's output, from all windows and guided: Dn_null + w (Dn_text - Dn_null)
-        (https://huggingface.co/papers/2207.12598).
+        (https://huggingface.co/papers/2207.12598). `dtype` is that of the network, and takes a walk through all of it.
 
         All predictions but the field of PFGM are affine in the denoised Dn with the same coefficients for all of them,
         so that the outputs can be combined in its place.
@@ -294,7 +295,6 @@ class LatentAudioDiffusionPipeline(
         timestep = timestep.to(latents.device, non_blocking=True)
         field = scheduler.config.get("prediction_type") == "field"
         branches = 1 if text is None else len(text.states)
-        dtype = self.unet.dtype  # looks through all weights
 
         def network(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
             x, arguments = x.repeat(branches, 1, 1, 1), {}
@@ -513,7 +513,7 @@ class LatentAudioDiffusionPipeline(
         )  # fmt: skip
         num_prompts = self._count(branches, audio, new_frames, latents, generator, num_waveforms_per_prompt)
         batch_size = num_prompts * num_waveforms_per_prompt
-        text = join_text(branches, num_prompts, num_waveforms_per_prompt)
+        text, dtype = join_text(branches, num_prompts, num_waveforms_per_prompt), self.unet.dtype
 
         def for_each(rows: torch.Tensor | None) -> torch.Tensor | None:
             if rows is None:
@@ -566,7 +566,7 @@ class LatentAudioDiffusionPipeline(
             for t in timesteps:
                 if new is not None:  # what is kept lies on its own path from the noise to the source
                     latents = torch.where(new, latents, self._add_noise(known, noise, t))
-                output = self._predict(self.scheduler, latents, t, text, loop, rows, guidance_rescale)
+                output = self._predict(self.scheduler, latents, t, text, dtype, loop, rows, guidance_rescale)
                 latents = self.scheduler.step(output, t, latents, return_dict=False, **step_arguments)[0]
                 if callback_on_step_end is not None:
                     shown = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)  # there are no others
@@ -642,14 +642,14 @@ class LatentAudioDiffusionPipeline(
         latents = self._encode(self._read_audio(audio, clip, False).mel, False, rows)
         branches = self._read_text(prompt, negative_prompt, (prompt_embeds, prompt_attention_mask, None, None))
         num_prompts = self._count(branches, latents, None, None, None, 1)
-        text = join_text(branches, num_prompts, 1)
+        text, dtype = join_text(branches, num_prompts, 1), self.unet.dtype
         latents = latents.expand(num_prompts, -1, -1, -1)
         if hasattr(self.scheduler, "integrate"):
             scheduler = self.scheduler
             with self.progress_bar(total=float("inf")) as bar:
 
                 def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-                    output = self._predict(scheduler, x, scheduler.precondition_noise(sigma), text, False, rows)
+                    output = self._predict(scheduler, x, scheduler.precondition_noise(sigma), text, dtype, False, rows)
                     bar.update()
                     return scheduler.precondition_outputs(x, output, sigma)
 
@@ -665,7 +665,7 @@ class LatentAudioDiffusionPipeline(
             scheduler.set_timesteps(num_inference_steps)
             with self.progress_bar(total=num_inference_steps) as bar:
                 for t in scheduler.timesteps:
-                    output = self._predict(scheduler, latents, t, text, False, rows)
+                    output = self._predict(scheduler, latents, t, text, dtype, False, rows)
                     latents = scheduler.step(output, t, latents).prev_sample
                     bar.update()
         self.maybe_free_model_hooks()

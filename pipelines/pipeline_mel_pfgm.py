@@ -230,9 +230,11 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
 
     # ----- the network
 
-    def _network(self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The network's output in the precision of the sample, whatever its own is."""
-        return self.unet(sample.to(self.unet.dtype), timestep, class_labels=labels).sample.to(sample.dtype)
+    def _network(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The network's output in the precision of the sample; its own `dtype` takes a walk through all of it."""
+        return self.unet(sample.to(dtype), timestep, class_labels=labels).sample.to(sample.dtype)
 
     def _all_labels(self, labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
         """One label per sample; the null class where none is given."""
@@ -242,7 +244,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
             labels = torch.full((1,), self.num_classes, device=self._execution_device)  # no copy, no waiting
         return labels.expand(batch_size)
 
-    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """
         The network's output, guided: Dn = Dn_null + w (Dn_label - Dn_null) (https://huggingface.co/papers/2207.12598).
 
@@ -251,9 +255,9 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
         """
         model_input = self.scheduler.scale_model_input(latents, timestep)
         if not self.do_classifier_free_guidance:
-            return self._network(model_input, timestep, labels)
+            return self._network(model_input, timestep, labels, dtype)
         null = torch.full_like(labels, self.num_classes)
-        outputs = self._network(torch.cat([model_input] * 2), timestep, torch.cat([null, labels]))
+        outputs = self._network(torch.cat([model_input] * 2), timestep, torch.cat([null, labels]), dtype)
         config = self.scheduler.config
         if config.get("prediction_type") != "field":
             without, towards = outputs.chunk(2)
@@ -270,11 +274,12 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
                 f"{type(self.scheduler).__name__} cannot run backwards: only a network that was trained for a"
                 " PoissonFlowScheduler or a ScoreSDEScheduler can."
             )
+        dtype = self.unet.dtype
         with self.progress_bar(total=float("inf")) as bar:
 
             def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
                 bar.update()
-                return self._network(x, timestep, labels)
+                return self._network(x, timestep, labels, dtype)
 
             return self.scheduler.integrate_network(network, sample, upwards, **options)
 
@@ -442,6 +447,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
         # Solvers of diffusers that add no noise take no generator.
         random = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"return_dict": False} | ({"generator": generator} if random else {})
+        dtype = self.unet.dtype
 
         with circular_in_time(self.unet) if loop else nullcontext(), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
@@ -449,7 +455,7 @@ class MelPFGMPipeline(SelfContainedPipelineMixin, CallMixin, DiffusionPipeline):
                     # What is kept lies on its own path from the noise to the source, y + sigma * noise.
                     known = self.scheduler.add_noise(source.mel.expand_as(noise), noise, t.expand(batch_size))
                     latents = torch.where(new_frames, latents, known)
-                output = self._predict(latents, t, labels)
+                output = self._predict(latents, t, labels, dtype)
                 latents = self.scheduler.step(output, t, latents, **options)[0]
                 if callback_on_step_end is not None:
                     shown = {}

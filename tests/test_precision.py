@@ -87,6 +87,25 @@ def test_other_pipelines_in_bfloat16(make):
     assert sound.dtype == torch.float32 and sound.isfinite().all() and sound.std() > 0
 
 
+@pytest.mark.parametrize("make", [mel_pipe, text_pipe], ids=["mel", "text"])
+def test_no_step_walks_through_a_network(make, monkeypatch):
+    """As a look at its `dtype` does, which costs as much as a few of its layers. (UNet2DModel does it itself.)"""
+    pipe, walked, inside = make(PoissonFlowScheduler()), [], []
+    pipe.unet.register_forward_pre_hook(lambda *_: inside.append(True))
+    pipe.unet.register_forward_hook(lambda *_: inside.clear())
+    named_modules = torch.nn.Module.named_modules
+
+    def watched(module, *args, **kwargs):
+        walked[-1] += module is pipe.unet and not inside
+        return named_modules(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", watched)
+    for steps in (2, 6):
+        walked.append(0)
+        pipe(**dict(prompt="rain") if make is text_pipe else {}, num_inference_steps=steps, output_type="mel")
+    assert walked[0] == walked[1] > 0
+
+
 SONG = dict(sample_size=16, in_channels=1, out_channels=1, model_channels=16, block_out_channels=[16, 16],
             layers_per_block=1, attention_levels=[1])  # fmt: skip
 
