@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers.optimization import get_constant_schedule as constant_schedule
 from torch.distributed.tensor import DTensor
 
 from tonefield.models import SEDDTransformer1DModel
-from tonefield.training.sharding import Sharding, blocks_of, whole_of
+from tonefield.training.engines import FSDP, blocks_of, whole_of
 
 
 def make_unet():
@@ -80,16 +81,15 @@ def main(args):
     torch.manual_seed(0)
     network, batch = NETWORKS[args.name]()
     before = copy.deepcopy(network)
-    sharding = Sharding(accelerator, network, reshard=not args.keep)
-    sharding.divide(network)
-    undivided = equal(sharding.whole(network).state_dict(), before.state_dict())
+    engine = FSDP(accelerator, network, reshard=not args.keep)
+    undivided = equal(engine.whole(network).state_dict(), before.state_dict())
     optimizer, one = optimize(network), optimize(plain := copy.deepcopy(before))
-    sharding.save_whole(optimizer)
+    engine.prepare(optimizer, constant_schedule(optimizer))
 
     rank, count = accelerator.process_index, accelerator.num_processes
     mine = [value.chunk(count)[rank] for value in batch]
     differs = (step(network, optimizer, mine) - step(plain, one, batch).chunk(count)[rank]).abs().max()
-    after, expected = sharding.whole(network).state_dict(), plain.state_dict()
+    after, expected = engine.whole(network).state_dict(), plain.state_dict()
     apart = max((after[name] - value).abs().max() for name, value in expected.items())
     moved = max((before.state_dict()[name] - value).abs().max() for name, value in expected.items())
 
@@ -99,15 +99,15 @@ def main(args):
     blocks = [value for block in blocks_of(network) for value in block.parameters()]
     kept_whole = [not isinstance(value, DTensor) for value in blocks]
     step(network, optimizer, mine)
-    gone = not equal(sharding.whole(network).state_dict(), after)
-    network.load_state_dict(sharding.shares(network, after))
+    gone = not equal(engine.whole(network).state_dict(), after)
+    network.load_state_dict(engine.shares(network, after))
     optimizer.load_state_dict(copy.deepcopy(saved))
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     kept = [saved["state"][n][name] for n in saved["state"] for name in saved["state"][n] if name != "step"]
     print(json.dumps({
         "share": size(network.parameters()), "whole": size(before.parameters()), "moments": size(moments),
         "undivided is equal": undivided, "blocks kept": sum(kept_whole) / len(kept_whole),
-        "restored is equal": gone and equal(sharding.whole(network).state_dict(), after),
+        "restored is equal": gone and equal(engine.whole(network).state_dict(), after),
         "moments are restored": all(whole_of(now).equal(then) for now, then in zip(moments, kept, strict=True)),
         "output differs by": differs.item(), "weights differ by": apart.item(), "weights moved by": moved.item(),
     }))  # fmt: skip

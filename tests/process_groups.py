@@ -19,6 +19,7 @@ def free_port() -> int:
 
 # What `accelerate launch` tells processes that are to divide the weights among them.
 DIVIDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
 def _work(rank: int, count: int, settings: dict[str, str], connection) -> None:

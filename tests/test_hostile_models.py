@@ -371,9 +371,10 @@ def test_states_in_a_checkpoint_are_not_run(tmp_path):
     from accelerate import Accelerator
 
     from tonefield.training.checkpoints import Checkpoints
+    from tonefield.training.engines import DDP
 
     torch.save(Evil(tmp_path / "made"), tmp_path / "random_states_0.pkl")
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, {})
+    checkpoints = Checkpoints(DDP(Accelerator(cpu=True), torch.nn.Identity()), tmp_path, {})
     with watching() as found:
         checkpoints.restore(tmp_path)  # where the state of a generator cannot be read, a run goes on without it
     assert found == []

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tonefield.command_line import UserError, first_line
 from tonefield.files import replace_folder, writing
+from tonefield.training.engines import DDP
 from tonefield.training.lora import has_adapter, restore_lora, save_lora
-from tonefield.training.sharding import Sharding
 
 
 logger = get_logger(__name__)
@@ -41,27 +40,22 @@ class Checkpoints:
     Of a network with an adapter (LoRA) the adapter alone.
 
     Args:
-        accelerator: What prepared the network, the optimizer and the schedule.
+        engine: What prepared the network, the optimizer and the schedule.
         folder: Where the checkpoints lie.
         networks: What is saved, by the name of its subfolder. They are restored in place.
         limit: How many to keep; `None` keeps all.
-        sharding: How the networks are divided, if they are.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, folder: Path, networks: Mapping[str, Any], limit: int | None = None,
-        sharding: Sharding | None = None,
-    ):  # fmt: skip
-        self.accelerator, self.folder, self.networks, self.limit = accelerator, folder, networks, limit
-        self.sharding = sharding
+    def __init__(self, engine: DDP, folder: Path, networks: Mapping[str, Any], limit: int | None = None):
+        self.engine, self.folder, self.networks, self.limit = engine, folder, networks, limit
+        self.accelerator = accelerator = engine.accelerator
         accelerator.register_save_state_pre_hook(self._save_networks)
         accelerator.register_load_state_pre_hook(self._load_networks)
 
     def _save_networks(self, _models, weights: list, folder: str) -> None:
         weights.clear()  # accelerate has nothing left to save under names of its own
         for name, network in self.networks.items():
-            if self.sharding:
-                network = self.sharding.whole(network)
+            network = self.engine.whole(network)
             if self.accelerator.is_main_process:
                 if has_adapter(network):
                     save_lora(network, Path(folder, name))
@@ -75,7 +69,7 @@ class Checkpoints:
                 restore_lora(network, Path(folder, name))
             else:
                 weights = load_file(Path(folder, name, WEIGHTS))
-                network.load_state_dict(self.sharding.shares(network, weights) if self.sharding else weights)
+                network.load_state_dict(self.engine.shares(network, weights))
 
     def save(self, step: int, state: dict) -> Path:
         """Every process calls this; when it returns, `checkpoint-<step>` is complete, and old ones are gone."""

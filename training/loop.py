@@ -1,6 +1,5 @@
 """The training loop: optimizer steps with everything that keeps a long run alive and tells how it is doing."""
 
-import copy
 import json
 import resource
 import sys
@@ -31,26 +30,19 @@ from tonefield.training.checkpoints import (
     list_checkpoints,
 )
 from tonefield.training.data import Data, Shares
+from tonefield.training.engines import DDP, FSDP, check_engine, read_launcher
 from tonefield.training.interruption import REASONS, Interruption, interrupted
-from tonefield.training.lora import has_adapter
 from tonefield.training.randomness import derive_seed, make_generators
-from tonefield.training.sharding import Sharding, launcher_wants, read_launcher, whole_of
 
 
 # How long a process waits for the others. The first one alone encodes captions and makes samples meanwhile. (It need
 # not wait for one that has ended: that closes its connections.)
 PATIENCE = timedelta(hours=1)
 
-# What else `accelerate launch` can be told to train with, and the variable that says so.
-OTHER_ENGINES = {"DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
-
 
 def make_accelerator(args) -> Accelerator:
     """Accelerate as the flags describe it. The schedule advances once an optimizer step, whatever the processes."""
-    for engine, name in OTHER_ENGINES.items():
-        if launcher_wants(f"ACCELERATE_USE_{name}"):
-            raise UserError(f"The launcher asks for {engine}, with which this does not train: use --multi_gpu (DDP).")
-    reshard = read_launcher()
+    engine, settings = read_launcher(args)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     tracker = args.report_to
     if tracker in LoggerType.list() and tracker not in ("all", *map(str, get_available_trackers())):
@@ -70,10 +62,9 @@ def make_accelerator(args) -> Accelerator:
         accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
     ):  # accelerate would compute in float32
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
-    if reshard is not None and accelerator.num_processes > 1:
-        if accelerator.mixed_precision == "fp16":  # processes would not know of overflows in the shares of others
-            raise UserError("--mixed_precision fp16 does not go with FSDP: use bf16 or no.")
-        accelerator.reshard = reshard  # pyright: ignore[reportAttributeAccessIssue]
+    if engine is FSDP and accelerator.num_processes == 1:  # there is nothing to divide
+        engine, settings = DDP, {}
+    accelerator.engine = engine, settings  # pyright: ignore[reportAttributeAccessIssue]
     if accelerator.is_main_process:
         if (lock := claim(Path(args.output_dir))) is not None:
             weakref.finalize(accelerator, lock.close)
@@ -133,12 +124,8 @@ class Average:
     while; here they are never touched.
     """
 
-    def __init__(self, model: torch.nn.Module, args, sharding: Sharding | None = None):
-        if sharding:
-            self.network = sharding.divide(sharding.whole(model))
-        else:
-            frozen = {id(value): value for value in model.parameters() if not value.requires_grad}
-            self.network = copy.deepcopy(model, memo=dict(frozen)).eval()
+    def __init__(self, copied: torch.nn.Module, model: torch.nn.Module, args):
+        self.network = copied.eval()
         averages = [value for value in self.network.parameters() if value.requires_grad]
         self.network.requires_grad_(False)
         self.ema = EMAModel(
@@ -267,20 +254,11 @@ def train(
             " another --output_dir."
         )
 
-    reshard = getattr(accelerator, "reshard", None)
-    if reshard is not None and (opponent or has_adapter(model)):
-        what = "An opponent (--discriminator_weight)" if opponent else "--lora_rank"
-        raise UserError(f"{what} does not go with FSDP: leave it out, or launch with --multi_gpu (DDP).")
+    engine_type, settings = getattr(accelerator, "engine", (DDP, {}))
+    check_engine(engine_type, accelerator.mixed_precision, model, opponent)
     model.to(device)
-    sharding = None
-    if reshard is not None:
-        sharding = Sharding(accelerator, model, reshard)
-        accelerator.print(
-            f"weights, gradients, moments and averages are divided among {shares.num_processes} processes"
-        )
-    if sharding:
-        sharding.divide(model)
-    average = Average(model, args, sharding) if args.use_ema else None
+    engine = engine_type(accelerator, model, **settings)
+    average = Average(engine.average_of(model), model, args) if args.use_ema else None
     networks = {name: model} | ({f"{name}_ema": average.network} if average else {})
     groups: list[dict] = [{"params": [value for value in model.parameters() if value.requires_grad]}]
     if opponent:
@@ -293,14 +271,11 @@ def train(
     schedule = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    if sharding:
-        sharding.save_whole(optimizer)
-        network = accelerator.prepare_model(model, evaluation_mode=True)  # which is all but DDP
-        optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    else:
-        network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    network, optimizer, schedule = engine.prepare(optimizer, schedule)
     trained = [network] + ([accelerator.prepare(opponent.network)] if opponent else [])
-    checkpoints = Checkpoints(accelerator, folder, networks, args.checkpoints_total_limit, sharding)
+    checkpoints = Checkpoints(engine, folder, networks, args.checkpoints_total_limit)
+    if engine_type is not DDP:
+        accelerator.print(f"{engine_type.__name__} divides the work among {shares.num_processes} processes")
 
     step, stop, resume_at = 0, 0, None
     if found:
@@ -333,7 +308,7 @@ def train(
     def result() -> torch.nn.Module:
         """What would be published now."""
         network = average.network if average else model
-        return sharding.whole(network) if sharding else network
+        return engine.whole(network)
 
     best = None
     if (keep_best or args.best_metric) and accelerator.is_main_process:
@@ -374,18 +349,14 @@ def train(
                 positions, resume_at = batch["positions"], batch.get("resume_at")
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
                 torch.manual_seed(derive_seed(args.seed, "dropout", positions[0]))
-                with accelerator.accumulate(*trained):
+                with engine.accumulate(trained):
                     generators = make_generators(args.seed, "noise", positions, device)
                     loss = Loss.of(compute_loss(network, batch, generators, *playing))
-                    accelerator.backward(loss.total if loss.opponent is None else loss.total + loss.opponent)
+                    engine.backward(loss.total if loss.opponent is None else loss.total + loss.opponent)
                     measurements.add(loss)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-                        measurements.norms.append(whole_of(torch.as_tensor(norm)))
-                        for other in playing:  # accelerate has unscaled all gradients, and does so only once
-                            torch.nn.utils.clip_grad_norm_(other.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    norm = engine.update([network, *playing], optimizer, args.max_grad_norm)
+                    if norm is not None:
+                        measurements.norms.append(norm)
             schedule.step()
             if average:
                 average.step()

@@ -12,6 +12,7 @@ from training_runs import reset_accelerate
 
 from tonefield.command_line import UserError
 from tonefield.training.checkpoints import Best, Checkpoints, find_checkpoint, list_checkpoints
+from tonefield.training.engines import DDP
 
 
 CONFIG = dict(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, attention_head_dim=4,
@@ -79,7 +80,7 @@ def save(network, folder, steps, limit=None):
     accelerator = Accelerator(cpu=True)
     model, _ = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))
     folder.mkdir(exist_ok=True)
-    checkpoints = Checkpoints(accelerator, folder, {"unet": model}, limit)
+    checkpoints = Checkpoints(DDP(accelerator, model), folder, {"unet": model}, limit)
     for step in steps:
         checkpoints.save(step, {"resume_at": None, "ema_step": 0, "run": {}})
 

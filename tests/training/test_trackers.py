@@ -15,6 +15,7 @@ from training_runs import reset_accelerate, train
 
 from tonefield.command_line import UserError
 from tonefield.training.checkpoints import Checkpoints
+from tonefield.training.engines import DDP
 
 
 def test_tensorboard_has_numbers_pictures_and_sounds(mels, tmp_path):
@@ -59,7 +60,7 @@ def test_the_loss_scaler_is_saved(tmp_path):
     reset_accelerate()
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=24.0)
-    checkpoints = Checkpoints(accelerator, tmp_path, {})
+    checkpoints = Checkpoints(DDP(accelerator, torch.nn.Identity()), tmp_path, {})
     folder = checkpoints.save(1, {})
     accelerator.scaler.scale(torch.ones(1))  # it begins with the first loss
     accelerator.scaler.update(3.0)

@@ -1,16 +1,17 @@
-"""FSDP by itself; that whole runs with it are the runs without it is in test_several_processes.py."""
+"""FSDP and ZeRO by themselves; that runs with them are runs without them is in test_several_processes.py."""
 
+import importlib.util
 import json
 
 import divided_networks
 import pytest
-from process_groups import DIVIDED, ProcessGroup
+from process_groups import DIVIDED, ZERO, ProcessGroup
 from training_runs import RECIPE, train
 
 from tonefield import train_unet, train_vae
 from tonefield.command_line import UserError
+from tonefield.training.engines import DDP, FSDP, read_launcher
 from tonefield.training.loop import make_accelerator
-from tonefield.training.sharding import read_launcher
 
 
 FLAGS = ("--max_train_steps=2", "--num_validation_samples=0")
@@ -21,35 +22,53 @@ def launched(monkeypatch):
     """Sets what `accelerate launch` would."""
 
     def launch(**settings):
-        for name, value in (DIVIDED | settings).items():
+        for name, value in settings.items():
             monkeypatch.setenv(name, value)
 
     return launch
 
 
-def test_what_the_launcher_asks_for(launched, monkeypatch):
-    assert read_launcher() is None
-    launched()
-    assert read_launcher() is True
-    assert read_launcher() is None  # transformers and accelerate are not to see it
-    launched(FSDP_RESHARD_AFTER_FORWARD="false")
-    assert read_launcher() is False
+def flags(folder):
+    return train_unet.parse_args(["--dataset_name=x", f"--output_dir={folder}", "--train_batch_size=3"])
 
 
-@pytest.mark.parametrize("setting, value, remedy", [
-    ("FSDP_VERSION", "1", "FSDP 1, .*fsdp_version: 2"),
-    ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params, .*leave it out"),
-    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: use --gradient_checkpointing"),
+def test_what_the_launcher_asks_for(launched, tmp_path):
+    args = flags(tmp_path)
+    assert read_launcher(args) == (DDP, {})
+    launched(**DIVIDED)
+    assert read_launcher(args) == (FSDP, {"reshard": True})
+    assert read_launcher(args) == (DDP, {})  # transformers and accelerate are not to see it
+    launched(**DIVIDED, FSDP_RESHARD_AFTER_FORWARD="false")
+    assert read_launcher(args) == (FSDP, {"reshard": False})
+
+
+def test_deepspeed_where_it_is_not_installed(launched, tmp_path):
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("it is")
+    launched(**ZERO)
+    with pytest.raises(UserError, match="DeepSpeed, which is not installed: pip install deepspeed"):
+        read_launcher(flags(tmp_path))
+
+
+@pytest.mark.parametrize("settings, remedy", [
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, .* use --multi_gpu"),
+    (DIVIDED | {"FSDP_VERSION": "1"}, "FSDP 1, .*fsdp_version: 2"),
+    (DIVIDED | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .*leave it out"),
+    (DIVIDED | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing, .*--gradient_checkpointing"),
+    (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage: 3, .*use 1 or 2, or FSDP"),
+    (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "nvme, .*only offload_optimizer_device: cpu"),
+    (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device"),
+    (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file: ds.json, .*set zero_stage"),
 ])  # fmt: skip
-def test_what_is_not_supported_is_refused(launched, tmp_path, setting, value, remedy):
-    launched(**{setting: value})
+def test_what_is_not_supported_is_refused(launched, tmp_path, settings, remedy):
+    launched(**settings)
     with pytest.raises(UserError, match=remedy):
-        make_accelerator(train_unet.parse_args(["--dataset_name=x", f"--output_dir={tmp_path}"]))
+        make_accelerator(flags(tmp_path))
 
 
 def test_one_process_has_nothing_to_divide(launched, mels, tmp_path):
     plain = train(tmp_path / "plain", mels, *FLAGS)
-    launched()
+    launched(**DIVIDED)
     alone = train(tmp_path / "alone", mels, *FLAGS)
     losses = [(folder / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0] for folder in (plain, alone)]
     assert losses[0] == losses[1]
