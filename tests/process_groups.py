@@ -52,7 +52,7 @@ class ProcessGroup:
 
     def __init__(self, count: int, settings: dict[str, str] | None = None):
         context = multiprocessing.get_context("spawn")
-        self.count, self.connections, self.processes = count, [], []
+        self.count, self.connections, self.processes, self.said = count, [], [], []
         for rank in range(count):
             ours, theirs = context.Pipe()
             self.processes.append(context.Process(target=_work, args=(rank, count, settings or {}, theirs)))

@@ -7,6 +7,7 @@ its usual epsilon the rounding of a gradient that should be 0 would be a full st
 Dropout belongs to the batch of a process, so there is none.
 """
 
+import importlib.util
 import json
 import signal
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from process_groups import DIVIDED, ProcessGroup
+from process_groups import DIVIDED, ZERO, ProcessGroup
 from safetensors.torch import load_file
 from test_train_unet_latent import CAPTIONS, make_text_encoder, make_vae, write_captions
 from token_runs import TINY, flags_of, make_codec, motifs, tokenize, write_sounds
@@ -34,15 +35,27 @@ VAE_RECIPE = ROOT / "recipes" / "test-tiny-vae.yaml"
 OF_THE_MACHINE = {"samples_per_second", "seconds_per_step", "memory_gib"}
 
 
+ENGINES = {
+    "": {},
+    "divided": DIVIDED,
+    "zero": ZERO,
+    "offloaded": ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+}
+
+
 @pytest.fixture(scope="module")
 def groups():
-    """Groups of processes by their number, made when they are asked for; the weights may be divided among them."""
+    """Groups of processes by their number and what is divided among them, made when they are asked for."""
     found = {}
 
     def group(which):
+        count, _, engine = str(which).partition(" ")
+        if engine in ("zero", "offloaded"):
+            pytest.importorskip("deepspeed")
+            if which in found and found[which].said:  # DeepSpeed is for one run in a process
+                found[which].close()
         if which not in found or not all(process.is_alive() for process in found[which].processes):
-            count, _, divided = str(which).partition(" ")
-            found[which] = ProcessGroup(int(count), DIVIDED if divided else None)
+            found[which] = ProcessGroup(int(count), ENGINES[engine])
         return found[which]
 
     yield group
@@ -109,7 +122,7 @@ U_NETS = {
 }
 
 
-WAYS = [2, 4, "2 divided"]
+WAYS = [2, 4, "2 divided", "2 zero"]
 
 
 @pytest.mark.slow
@@ -136,7 +149,7 @@ def test_more_processes_than_held_out_rows(groups, mels, tmp_path, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way, start_at", [(2, 0), (2, 2), (4, 0), (4, 2), ("2 divided", None)])
+@pytest.mark.parametrize("way, start_at", [(2, 0), (2, 2), (4, 0), (4, 2), ("2 divided", None), ("2 zero", None)])
 def test_autoencoders_and_their_opponents(groups, mels, tmp_path, start_at, way):
     group = groups(way)
     judge = "--discriminator_weight=0" if start_at is None else f"--discriminator_start={start_at}"
@@ -164,7 +177,7 @@ def captioned(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [2, "2 divided"])
+@pytest.mark.parametrize("way", [2, "2 divided", "2 zero"])
 @pytest.mark.parametrize("case", ["latents", "on the fly", "lora", "charges on the fly"])
 def test_latents_captions_and_adapters(groups, captioned, tmp_path, case, way):
     known_to_a_pipeline = dict.fromkeys(train_unet.KNOWN_TO_A_PIPELINE)
@@ -188,8 +201,8 @@ def test_latents_captions_and_adapters(groups, captioned, tmp_path, case, way):
         few = (*flags, *batches(2, 2))
         return groups(way).train(tmp_path / "several", captioned / data, *few, config=config, script=train_unet)
 
-    if case == "lora" and way == "2 divided":
-        with pytest.raises(AssertionError, match="--lora_rank does not go with FSDP"):
+    if case == "lora" and way != 2:
+        with pytest.raises(AssertionError, match=r"--lora_rank does not go with (FSDP|ZeRO)"):
             together()
         return
     one = train(tmp_path / "one", captioned / data, *flags, *batches(4, 2), config=config)
@@ -232,7 +245,7 @@ def test_tokens(groups, tokens, tmp_path, case, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [2, "2 divided"])
+@pytest.mark.parametrize("way", [2, "2 divided", "2 zero"])
 def test_codecs(groups, sounds, tmp_path, way):
     (tmp_path / "codec.yaml").write_text(
         "sampling_rate: 4000\nhop_length: 40\nn_fft: 160\nlevels: [5, 5]\nwidth: 16\nencoder_layers: 1\n"
@@ -253,14 +266,23 @@ def test_codecs(groups, sounds, tmp_path, way):
 
 @pytest.mark.slow
 def test_others_can_continue_a_run(groups, mels, tmp_path):
-    """Two processes begin, one goes on, then four do, and at last two that divide the weights: the run of one."""
-    flags = (*SMOOTH, "--dropout=0", "--lr_scheduler=constant_with_warmup")
+    """Each step is done by others than the one before: the run of one."""
+    ways = [2, 1, "2 divided", 4, "4 divided", 1]
+    if importlib.util.find_spec("deepspeed"):
+        ways += ["2 zero", "1 offloaded", "2 divided", "4 zero", 2, "2 offloaded"]
+    flags = (*SMOOTH, "--dropout=0", "--lr_scheduler=constant_with_warmup", f"--max_train_steps={len(ways)}")
     one = train(tmp_path / "one", mels, *flags, *batches(8))
     folder, resume = tmp_path / "several", "--resume_from_checkpoint=latest"
-    groups(2).train(folder, mels, *flags, *batches(4), "--max_train_steps=2", config=RECIPE, script=train_unet)
-    train(folder, mels, *flags, *batches(4, 2), "--max_train_steps=3", resume)
-    groups(4).train(folder, mels, *flags, *batches(2), resume, config=RECIPE, script=train_unet)
-    assert_same_weights(one, folder)
+    for step, way in enumerate(ways, 1):
+        these = (*flags, f"--max_train_steps={step}", resume)
+        if way == 1:
+            train(folder, mels, *these, *batches(4, 2))
+        else:
+            group = groups(way)
+            group.train(folder, mels, *these, *batches(8 // group.count), config=RECIPE, script=train_unet)
+            if way in ("2 zero", "4 zero", "1 offloaded", "2 offloaded"):
+                group.close()  # DeepSpeed keeps what it was given, and with it the claim to the folder
+    assert_same_weights(one, folder, len(ways))
     ours, theirs = ({row["step"]: row["loss"] for row in logged(path) if "loss" in row} for path in (one, folder))
     assert theirs == pytest.approx(ours, rel=1e-4)
     with pytest.raises(UserError, match="samples per step 8, this run has 4: they must be equal"):
