@@ -12,7 +12,7 @@ from diffusers.optimization import get_constant_schedule as constant_schedule
 from torch.distributed.tensor import DTensor
 
 from tonefield.models import SEDDTransformer1DModel
-from tonefield.training.engines import FSDP, blocks_of, whole_of
+from tonefield.training.engines import FSDP, ZeRO, blocks_of, whole_of
 
 
 def make_unet():
@@ -51,6 +51,7 @@ NETWORKS = {"u-net": make_unet, "u-net told words": make_text_unet, "autoencoder
 def parse_args(argv):
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=NETWORKS)
+    parser.add_argument("--zero", type=int, help="the stage of ZeRO, in the place of FSDP")
     parser.add_argument("--keep", action="store_true", help="weights of blocks between the passes")
     return parser.parse_args(argv)
 
@@ -80,6 +81,29 @@ def main(args):
     accelerator = Accelerator()
     torch.manual_seed(0)
     network, batch = NETWORKS[args.name]()
+    if args.zero:
+        zero(accelerator, network, batch, args.zero)
+    else:
+        fsdp(accelerator, network, batch, args)
+
+
+def zero(accelerator, network, batch, stage):
+    plain = copy.deepcopy(network)
+    settings = {"train_micro_batch_size_per_gpu": 12 // accelerator.num_processes, "gradient_clipping": 1e9}
+    engine = ZeRO(accelerator, network, stage, False, settings)
+    optimizer = optimize(network)
+    called, wrapped, _ = engine.prepare(optimizer, constant_schedule(optimizer))
+    mine = [value.chunk(accelerator.num_processes)[accelerator.process_index] for value in batch]
+    with engine.accumulate([called]):
+        engine.backward(called(*mine).sample.square().mean())
+        engine.update([called], wrapped, 1e9)
+    step(plain, optimize(plain), batch)
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    apart = max((value - network.state_dict()[name]).abs().max() for name, value in plain.state_dict().items())
+    print(json.dumps({"whole": size(plain.parameters()), "moments": size(moments), "weights differ by": apart.item()}))
+
+
+def fsdp(accelerator, network, batch, args):
     before = copy.deepcopy(network)
     engine = FSDP(accelerator, network, reshard=not args.keep)
     undivided = equal(engine.whole(network).state_dict(), before.state_dict())

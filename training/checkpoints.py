@@ -101,6 +101,8 @@ class Checkpoints:
     def restore(self, folder: Path) -> None:
         """Loads a checkpoint that `find_checkpoint` has found whole."""
         self.accelerator.load_state(str(folder))
+        # It counts batches, to know where a step ends. Now a step begins, into however many batches it is divided.
+        self.accelerator.step = 0
 
 
 class Best:

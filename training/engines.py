@@ -221,7 +221,7 @@ class ZeRO(DDP):
             for number in numbers:
                 moments = {name: safe_get_full_optimizer_state(self.parameters[number], name) for name in self.MOMENTS}
                 kept = {name: value.cpu() for name, value in moments.items() if self.accelerator.is_main_process}
-                states[number] = {"step": line["step"]} | kept
+                states[number] = {"step": line["step"].clone()} | kept
         return {"state": states, "param_groups": [group | {"params": list(numbers)}]}
 
     def _take_share(self, optimizer, state: dict) -> dict:

@@ -105,6 +105,20 @@ def test_blocks_can_be_kept_whole_between_the_passes(group):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", ["u-net", "transformer"])
+def test_zero_divides_the_moments(name, stage):
+    pytest.importorskip("deepspeed")
+    group = ProcessGroup(3, {})  # DeepSpeed is for one run in a process
+    group.run(divided_networks, [name, f"--zero={stage}"])
+    group.close()
+    for said in group.said:
+        told = json.loads(said.splitlines()[-1])
+        assert 2 * told["whole"] <= 3 * told["moments"] < 2 * told["whole"] + 100  # which fills up the last piece
+        assert told["weights differ by"] < 1e-5
+
+
+@pytest.mark.slow
 def test_what_does_not_go_with_it(mels, tmp_path):
     group = ProcessGroup(2, DIVIDED)
     with pytest.raises(AssertionError, match=r"opponent .--discriminator_weight. does not go with FSDP"):

@@ -102,6 +102,10 @@ def test_accumulation_equals_a_large_batch(mels, tmp_path):
     together = train(tmp_path / "together", mels, *SMOOTH, *TOGETHER, "--checkpointing_steps=1")
     flags = ("--train_batch_size=2", "--gradient_accumulation_steps=4")
     assert_same_training(together, train(tmp_path / "divided", mels, *SMOOTH, *flags))
+    # After a single batch, too: it is no part of the next step.
+    shutil.copytree(together / "checkpoint-1", tmp_path / "later" / "checkpoint-1")
+    later = train(tmp_path / "later", mels, *SMOOTH, *flags, "--resume_from_checkpoint=latest")
+    assert_same_training(together, later)
 
 
 def test_two_processes_equal_one(one_process, mels, tmp_path):
