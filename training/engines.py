@@ -193,7 +193,7 @@ class ZeRO(DDP):
     def prepare(self, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[Any, Any, Any]:
         if self.accelerator.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         deepspeed.utils.logger.setLevel("WARNING")
         self.parameters = list(optimizer.param_groups[0]["params"])
@@ -214,7 +214,7 @@ class ZeRO(DDP):
         return torch.as_tensor(self.engine.get_global_grad_norm()) if self.accelerator.sync_gradients else None
 
     def _tell_whole(self, _optimizer, state: dict) -> dict:
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         (group,), numbers, states = state["param_groups"], range(len(self.parameters)), {}
         for line in state["state"].values():  # the only one; before the first step there is none
