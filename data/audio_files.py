@@ -37,6 +37,7 @@ FFMPEG_FORMATS = "mov,mp4,matroska,webm,aac,asf,mp3,ogg,flac,wav"
 _BLOCK_SAMPLES = 2**18  # of all channels, six seconds at 44.1 kHz: enough to be quick, small enough for any memory
 RATES = (1000, 1_000_000)  # in Hz. A header beyond is damaged, and resampling would make gigabytes of a few bytes.
 LOUDEST = 2.0**32  # beyond, what is computed of a spectrum is no number any more; 32-bit integers as floats are below
+UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile says of a length that it does not know
 LONGEST = 2**28  # samples that are read as a whole, 1 GiB: a few kilobytes can hold days of silence
 
 
@@ -127,10 +128,17 @@ def _blocks(source: Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
         yield block, rate
 
 
+class _Stream(soundfile.SoundFile):
+    """Reads a FLAC file whose header gives no length, as one written to a pipe, to its end without seeking."""
+
+    def seekable(self) -> bool:
+        return self.frames < UNKNOWN_LENGTH and super().seekable()
+
+
 def _soundfile_blocks(source: Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks of shape (samples, channels), and their rate."""
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
+        with _Stream(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             # Not `file.blocks`: where a file is shorter than its header says, that fills up with what it read before.
             frames = max(1, _BLOCK_SAMPLES // file.channels)
             reads = (file.read(frames, dtype="float32", always_2d=True) for _ in itertools.count())

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 
-from tonefield.data.audio_files import AudioError, read_audio, read_blocks, read_unchanged
+from tonefield.data.audio_files import UNKNOWN_LENGTH, AudioError, read_audio, read_blocks, read_unchanged
 from tonefield.data.synthetic import synthesize
 
 
@@ -45,6 +45,21 @@ def test_formats(tmp_path, stereo, extension, subtype):
     np.testing.assert_array_equal(ours, sound)
     # A lossy file begins and ends a little earlier or later, but it is the same sound.
     assert np.corrcoef(ours[4410:-4410], stereo.mean(1)[4410 : len(ours) - 4410])[0, 1] > 0.99
+
+
+def test_flac_without_a_length(tmp_path, stereo):
+    """As an encoder writes it to a pipe: it is read to its end, and is not whole where it ends amid a frame."""
+    path = tmp_path / "sound.flac"
+    soundfile.write(path, stereo, 44100)
+    whole, data = read_audio(path, 22050), bytearray(path.read_bytes())
+    data[21] &= 0xF0  # of the STREAMINFO, 36 bits: the number of samples
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    assert soundfile.info(path).frames == UNKNOWN_LENGTH
+    for source in path, bytes(data):
+        np.testing.assert_array_equal(read_audio(source, 22050), whole)
+    with pytest.raises(AudioError, match=r"^cannot be read as audio \(.*flac decoder lost sync\)$"):
+        read_audio(bytes(data[: len(data) // 2]), 22050)
 
 
 def test_float_samples_beyond_full_scale_are_kept(tmp_path):

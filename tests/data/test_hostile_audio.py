@@ -87,7 +87,8 @@ def read(data: bytes, rate: int = 22050) -> int | str:
     (wav(rate=10**6), 18), (wav(rate=2**31 - 1), "has a sampling rate of 2147483647 Hz"),
     (wav(bits=0), "cannot be read as audio ("), (wav(bits=65535), "cannot be read as audio ("),
     (wav(kind=0xFFFF), "cannot be read as audio ("),
-    (flac(total=2**36 - 1), "cannot be read as audio ("), (flac(total=10**9), "cannot be read as audio ("),
+    (flac(total=0), 22050), (flac(total=2**36 - 1), "cannot be read as audio ("),
+    (flac(total=10**9), "cannot be read as audio ("),
     (b"RIFF", "cannot be read as audio ("), (b"fLaC" + bytes(100), "cannot be read as audio ("),
 ])  # fmt: skip
 def test_headers(data, expected):
@@ -149,12 +150,17 @@ def test_random_bytes(tmp_path, name):
 # ----- memory
 
 
-def test_hours_in_a_hundred_kilobytes_is_read_in_little_memory(tmp_path):
+@pytest.mark.parametrize("length", ["told", "not told"])
+def test_hours_in_a_hundred_kilobytes_is_read_in_little_memory(tmp_path, length):
     """2^24 samples in a file, 2^27 when resampled, which are 512 MiB; 128 MiB are not reached."""
     with soundfile.SoundFile(tmp_path / "bomb.flac", "w", 1000, 1, "PCM_16") as file:
         for _ in range(4):
             file.write(np.full(2**22, 8192, np.int16))
     assert (tmp_path / "bomb.flac").stat().st_size < 2**19
+    if length == "not told":
+        with (tmp_path / "bomb.flac").open("r+b") as file:
+            file.seek(22)
+            file.write(bytes(4))
     code = """
 import re, sys
 from pathlib import Path
