@@ -11,7 +11,14 @@ from datasets import Features
 from tonefield.command_line import UserError, command_of, printable
 from tonefield.data.arguments import SOURCE_SETTINGS
 from tonefield.data.audio_folder import AudioColumn, AudioFolder
-from tonefield.data.dataset_builder import Converter, DatasetBuilder, Result, plan_parts, write_rejects
+from tonefield.data.dataset_builder import (
+    REJECTS,
+    Converter,
+    DatasetBuilder,
+    plan_parts,
+    read_rejects,
+    write_rejects,
+)
 from tonefield.data.loading import RECORD_COLUMN, load_split, record_feature
 from tonefield.data.publishing import publish_dataset
 from tonefield.hub import license_of
@@ -43,9 +50,10 @@ def build_dataset(
     settings: dict,
     rows: str,
     add_files: Callable[[Path], None] | None = None,
-) -> Result | None:
+) -> list[tuple[str, str]] | None:
     """
-    Writes the dataset and says what came of the recordings; of a shard it writes the parts, and returns nothing.
+    Writes the dataset, says what came of the recordings, and returns those that were rejected, with the reasons. Of a
+    shard it writes the parts, and returns nothing.
 
     Args:
         args: The flags of `tonefield.data.arguments`.
@@ -60,6 +68,10 @@ def build_dataset(
     shard = None if args.num_shards is None else (args.shard_index, args.num_shards)
     builder = DatasetBuilder(args.output_dir, settings, args.resume, shard, args.merge)
     plan = plan_parts(source, held_out, args.seed)
+    if builder.complete:
+        builder.confirm(plan)
+        print(f"The dataset in {args.output_dir} is finished already.")
+        return read_rejects(builder.output_dir / REJECTS)
     if args.merge:
         parts = builder.gather(plan)
     else:
@@ -95,14 +107,14 @@ def build_dataset(
     if result.rejects:
         name, reason = result.rejects[0]
         print(f"{len(result.rejects)} files were rejected, see rejects.jsonl; the first: {printable(name)} {reason}.")
-    return result
+    return result.rejects
 
 
-def end(args: argparse.Namespace, result: Result | None) -> None:
+def end(args: argparse.Namespace, rejects: list[tuple[str, str]] | None) -> None:
     """What `--strict` and `--push_to_hub` want of a dataset that is complete, which a shard is not."""
-    if result is None:
+    if rejects is None:
         return
-    if args.strict and result.rejects:
-        raise UserError(f"--strict: {len(result.rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
+    if args.strict and rejects:
+        raise UserError(f"--strict: {len(rejects)} files were rejected, see {args.output_dir}/rejects.jsonl.")
     if args.push_to_hub:
         publish_dataset(args.output_dir, args.push_to_hub, args.hub_private_repo or None)

@@ -32,6 +32,8 @@ from tonefield.files import claim, sync, write_text, writing
 
 
 DATASET_NOTE = "dataset_dict.json"
+MADE_OF = "made_of"  # in that note
+REJECTS = "rejects.jsonl"
 RESUME = "run the same command with --resume"
 PART_RECORDINGS = 256
 PART_BYTES = (2**20, 2**26)  # at least and at most, on disk; between them, as many as make 64 parts
@@ -184,21 +186,25 @@ class DatasetBuilder:
         self.settings = json.loads(json.dumps(settings))
         plan = self.work / "plan.json"
         self.shard, self.num_shards = shard, shard and shard[1]
-        # A run that was killed when the dataset had taken its place, but what it was made of was not yet removed.
-        taken_up = (resume or merge) and plan.exists()
-        self.complete = taken_up and (self.output_dir / DATASET_NOTE).exists()
+        self._recordings = hashlib.sha256()
+        # A run that ended, or was killed when the dataset had taken its place; what it was made of may be left.
+        self._made_of = fingerprint_in(self.output_dir) if resume or merge else None
+        self.complete = self._made_of is not None
         if not self.complete and self.output_dir.exists() and (
             not self.output_dir.is_dir() or any(self.output_dir.iterdir())
         ):  # fmt: skip
             raise UserError(f"--output_dir {output_dir} is in use: delete it or choose another one.")
-        if merge and not plan.exists():
+        if merge and not self.complete and not plan.exists():
             raise UserError(f"There are no shards in {self.work}: run --num_shards N with --shard_index 0 to N - 1.")
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = claim(self.work, ".lock" if shard is None else f".lock-{shard[0]}")
+            if not self.complete:
+                self.work.mkdir(parents=True, exist_ok=True)
+            lock = ".lock" if shard is None else f".lock-{shard[0]}"
+            self._lock = claim(self.work, lock) if self.work.exists() else None
         except OSError as error:
             raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
-        self._settle_plan(plan, resume, merge)
+        if not self.complete:
+            self._settle_plan(plan, resume, merge)
 
     def _settle_plan(self, plan: Path, resume: bool, merge: bool) -> None:
         """Writes down the settings, or compares them with those of the run that is taken up."""
@@ -230,6 +236,12 @@ class DatasetBuilder:
                 )
 
     # ----- parts
+
+    def _noted(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """The parts as they come, whose recordings count for the fingerprint."""
+        for part in parts:
+            self._recordings.update(self._digest(part).encode())
+            yield part
 
     def run(
         self, parts: Iterable[Part], converter: Converter, num_proc: int, max_rows: int | None = None,
@@ -265,7 +277,7 @@ class DatasetBuilder:
                         limits[part.split] -= part.rows
 
             try:
-                for part in parts:
+                for part in self._noted(parts):
                     if self.shard and part.index % self.shard[1] != self.shard[0]:
                         continue
                     if limits and limits[part.split] <= 0:
@@ -293,7 +305,7 @@ class DatasetBuilder:
     def gather(self, parts: Iterable[Part]) -> list[Part]:
         """The parts that shards have made: all that there should be, of the recordings that are there now."""
         found, missing, unknown = [], [], {note.stem for note in self.work.glob("*-*.json")}
-        for part in tqdm(parts, unit="part", desc="parts", dynamic_ncols=True):
+        for part in tqdm(self._noted(parts), unit="part", desc="parts", dynamic_ncols=True):
             finished = self._finished(part)
             unknown.discard(self._paths(part)[1].stem)
             if finished is None:
@@ -328,7 +340,7 @@ class DatasetBuilder:
         try:
             counted = json.loads(note.read_text(encoding="utf-8"))
             digest, size = counted.pop("recordings"), counted.pop("bytes")
-            if not self.complete and size != arrow.stat().st_size:
+            if size != arrow.stat().st_size:
                 return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -395,18 +407,32 @@ class DatasetBuilder:
 
         `add_files` puts more into that folder before; `about` is what else its `DatasetInfo` says.
         """
-        if not self.complete:
-            dataset = self.work / "dataset"
-            with writing(self.output_dir, RESUME):
-                self._assemble(dataset, parts, result, DatasetInfo(features=features, **about or {}))
-            if add_files is not None:
-                add_files(dataset)
-            with writing(self.output_dir, RESUME):
-                sync(dataset)
-                if self.output_dir.exists():
-                    self.output_dir.rmdir()
-                os.replace(dataset, self.output_dir)
+        dataset = self.work / "dataset"
+        with writing(self.output_dir, RESUME):
+            self._assemble(dataset, parts, result, DatasetInfo(features=features, **about or {}))
+        if add_files is not None:
+            add_files(dataset)
+        with writing(self.output_dir, RESUME):
+            sync(dataset)
+            if self.output_dir.exists():
+                self.output_dir.rmdir()
+            os.replace(dataset, self.output_dir)
         self.discard()
+
+    def confirm(self, parts: Iterable[Part]) -> None:
+        """Removes what is left of the run that completed the dataset; refuses one of other recordings or settings."""
+        for _ in self._noted(parts):
+            pass
+        if self._made_of != self._fingerprint():
+            raise UserError(
+                f"--output_dir {self.output_dir} is in use: the dataset there is complete, and was made of other"
+                " recordings or with other settings. Delete it or choose another one."
+            )
+        self.discard()
+
+    def _fingerprint(self) -> str:
+        """Equal where the same settings were given, and the same recordings, used or not."""
+        return hashlib.sha256(json.dumps([self.settings, self._recordings.hexdigest()]).encode()).hexdigest()
 
     def _assemble(self, dataset: Path, parts: list[Part], result: Result, info: DatasetInfo) -> None:
         shutil.rmtree(dataset, ignore_errors=True)
@@ -427,21 +453,32 @@ class DatasetBuilder:
                 "_split": split,
             }  # fmt: skip
             (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-        (dataset / DATASET_NOTE).write_text(json.dumps({"splits": splits}))
-        write_rejects(dataset / "rejects.jsonl", result.rejects)
+        (dataset / DATASET_NOTE).write_text(json.dumps({"splits": splits, MADE_OF: self._fingerprint()}))
+        write_rejects(dataset / REJECTS, result.rejects)
 
     def discard(self) -> None:
         """Removes what the run kept for being taken up again."""
-        for arrow in self.work.glob("*.arrow"):  # first: without the notes, whoever comes back would make them again
-            arrow.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
 
 
+def fingerprint_in(folder: Path) -> str | None:
+    """What a dataset was made of, if it is one that says so."""
+    try:
+        return json.loads((folder / DATASET_NOTE).read_text(encoding="utf-8")).get(MADE_OF)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"audio_file": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in rejects]
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_rejects(path: Path) -> list[tuple[str, str]]:
+    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    return [(row["audio_file"], row["reason"]) for row in rows]
 
 
 def write_first(path: Path, text: str) -> str:

@@ -634,9 +634,26 @@ print("the same")
     assert len({caption for split in loaded.values() for caption in split["caption"]}) == 36
 
 
-def test_a_push_that_fails_keeps_the_dataset(tmp_path, sounds):
+def test_a_push_that_fails_keeps_the_dataset(tmp_path, sounds, capsys):
     message = f"^The dataset is complete in {tmp_path}/out, but could not be pushed to someone/sounds: .*offline"
     with pytest.raises(UserError, match=message) as caught:
         build(sounds, tmp_path / "out", "--push_to_hub", "someone/sounds")
     assert "\n" not in str(caught.value)
     assert sum(load_from_disk(tmp_path / "out").num_rows.values()) == 39
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=message):  # what is missing is the push, and no more is done again
+        build(sounds, tmp_path / "out", "--push_to_hub", "someone/sounds", "--resume")
+    assert capsys.readouterr().out == f"The dataset in {tmp_path}/out is finished already.\n"
+    assert contents(tmp_path / "out") == before
+
+
+def test_what_was_rejected_is_known_when_it_is_finished_already(tmp_path):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    soundfile.write(sounds / "a.wav", synthesize("plucks", 1.5, 8000), 8000)
+    (sounds / "b\u2028.wav").write_bytes(b"no sound")
+    for flags in ["--strict"], ["--strict", "--resume"]:
+        with pytest.raises(UserError, match=f"^--strict: 1 files were rejected, see {tmp_path}/out/rejects.jsonl.$"):
+            build(sounds, tmp_path / "out", *flags)
+    build(sounds, tmp_path / "out", "--resume")

@@ -134,6 +134,9 @@ def build(source, output_dir, num_proc=1, max_rows=None, stop_after=None, settin
     builder = DatasetBuilder(output_dir, settings or {"a": 1}, resume)
     held_out = {"validation": 0.25}
     parts = list(plan_parts(source, held_out, 0))
+    if builder.complete:
+        builder.confirm(parts)
+        return builder.work
     finished = builder.run(parts[:stop_after], converter(), num_proc, max_rows, held_out)
     if stop_after is None:
         builder.finish(finished, builder.result(finished, []), converter().features)
@@ -216,6 +219,8 @@ def build_shard(source, output_dir, index, count=3, settings=None) -> DatasetBui
 
 def merge(source, output_dir, settings=None) -> None:
     builder = DatasetBuilder(output_dir, settings or {"a": 1}, merge=True)
+    if builder.complete:
+        return builder.confirm(plan_parts(source, {"validation": 0.25}, 0))
     finished = builder.gather(plan_parts(source, {"validation": 0.25}, 0))
     builder.finish(finished, builder.result(finished, []), converter().features)
 
@@ -384,11 +389,14 @@ def test_a_damaged_plan_is_told(tmp_path, sounds):
 def test_a_run_that_was_killed_at_its_very_end(tmp_path, sounds):
     """The dataset has taken its place; what it was made of is there, or partly there."""
     build(sounds, tmp_path / "whole")
-    for left in (0, 2):
-        out = tmp_path / f"out{left}"
+    for kept in ("*.arrow", "*.json", "plan.json", ".lock", None):
+        out = tmp_path / f"out{kept}"
         work = build(sounds, out, stop_after=100)
-        for arrow in sorted(work.glob("*.arrow"))[left:]:
-            arrow.unlink()
+        for file in work.iterdir() if kept else ():
+            if not file.match(kept):
+                file.unlink()
+        if kept is None:
+            shutil.rmtree(work)
         shutil.copytree(tmp_path / "whole", out)
         before = {path: path.stat().st_ino for path in out.rglob("*")}
         with pytest.raises(UserError, match="is in use"):
@@ -396,6 +404,28 @@ def test_a_run_that_was_killed_at_its_very_end(tmp_path, sounds):
         build(sounds, out, resume=True)
         assert {path: path.stat().st_ino for path in out.rglob("*")} == before
         assert not work.exists()
+
+
+def test_a_finished_dataset_of_something_else_is_not_taken_for_this_one(tmp_path, sounds):
+    out = tmp_path / "out"
+    work = build(sounds, out)
+    before = contents(out)
+    work.mkdir()
+    (work / "mine").touch()
+    with pytest.raises(UserError, match=r"out is in use: the dataset there is complete, and was made of other rec"):
+        build(sounds, out, settings={"a": 2}, resume=True)
+    (sounds.folder / "more.wav").write_bytes(wav(2))
+    with pytest.raises(UserError, match=r"is in use: .* or with other settings. Delete it or choose another one.$"):
+        build(AudioFolder(sounds.folder), out, resume=True)
+    (sounds.folder / "more.wav").unlink()
+    (sounds.folder / "5.wav").write_bytes(wav(9))
+    with pytest.raises(UserError, match=r"is in use: the dataset there"):
+        merge(AudioFolder(sounds.folder), out)
+    assert contents(out) == before and (work / "mine").exists()
+    for note in ("{}", "[]", "{", '{"splits": ["train"]}'):  # one that earlier versions made, or that is no dataset
+        (out / "dataset_dict.json").write_text(note)
+        with pytest.raises(UserError, match=r"out is in use: delete it or choose another one.$"):
+            build(sounds, out, resume=True)
 
 
 def test_a_recording_that_goes_away_is_rejected(tmp_path, sounds):
