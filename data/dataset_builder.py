@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from tonefield.command_line import UserError
 from tonefield.data.audio_folder import AudioColumn, AudioFolder, Recording
+from tonefield.data.loading import DATASET_NOTE
 from tonefield.files import claim, sync, write_text, writing
 
 
-DATASET_NOTE = "dataset_dict.json"
 MADE_OF = "made_of"  # in that note
 REJECTS = "rejects.jsonl"
 RESUME = "run the same command with --resume"

@@ -16,6 +16,8 @@ from tonefield.hub import hub_errors, hub_reason
 # of a column of classes: eight bytes a row.
 RECORD_COLUMN = "front_end"
 
+DATASET_NOTE = "dataset_dict.json"  # tells that a folder holds a dataset, and its splits
+
 CODEC_FOLDER = "codec"  # within a dataset of tokens: the audio tokenizer that made them
 
 # Of a dataset on the disk that is streamed: most numbers of processes divide it.
@@ -49,7 +51,7 @@ def read_record(features: Features | None, script: str = "audio_to_images.py") -
 def load_split(name: str, split: str = "train", streaming: bool = False, config: str | None = None) -> Any:
     """One split of a dataset: a folder written by this collection or by `save_to_disk`, or a Hub id."""
     try:
-        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
+        if (Path(name) / DATASET_NOTE).exists() or (Path(name) / "state.json").exists():
             dataset = load_from_disk(name)
             if isinstance(dataset, dict):
                 if split not in dataset:
@@ -69,8 +71,8 @@ def load_split(name: str, split: str = "train", streaming: bool = False, config:
 
 def split_names(name: str, config: str | None = None) -> list[str]:
     """The splits of a dataset that `load_split` loads."""
-    if (Path(name) / "dataset_dict.json").exists():
-        return json.loads((Path(name) / "dataset_dict.json").read_text())["splits"]
+    if (Path(name) / DATASET_NOTE).exists():
+        return json.loads((Path(name) / DATASET_NOTE).read_text())["splits"]
     if (Path(name) / "state.json").exists():
         return ["train"]
     try:

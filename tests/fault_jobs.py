@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 from small_pipes import save_small_pipes
 from token_runs import TINY, flags_of, make_codec, motifs, tokenize, write_sounds
-from training_runs import RECIPE, ROOT, contents, make_dataset, make_sounds
+from training_runs import RECIPE, ROOT, TINY_CODEC, contents, make_dataset, make_sounds
 
 from tonefield.training.checkpoints import DamagedCheckpoint, list_checkpoints, read_state
 
@@ -88,13 +88,14 @@ def tokens_job(sounds: Path, codec: Path, *flags: str) -> Job:
 # ----- training
 
 
-def training_job(script: str, flags: list[str]) -> Job:
+def training_job(script: str, flags: list[str], latents: bool = False) -> Job:
     """Two checkpoints, of which one is kept, and two validations, of which the better one is kept."""
     often = ["--checkpointing_steps=1", "--checkpoints_total_limit=1", "--validation_steps=1", "--max_train_steps=2",
              "--num_validation_samples=0", "--logging_steps=1", "--best_metric=loss"]  # fmt: skip
 
     def command(folder: Path) -> list:
-        return [*flags, f"--output_dir={folder / 'out'}", *often, "--resume_from_checkpoint=latest"]
+        cache = [f"--cache_latents={folder / 'latents'}"] if latents else []
+        return [*flags, f"--output_dir={folder / 'out'}", *often, "--resume_from_checkpoint=latest", *cache]
 
     def result(folder: Path) -> Any:
         out = folder / "out"
@@ -116,8 +117,9 @@ def training_job(script: str, flags: list[str]) -> Job:
             name: value.numpy().tobytes() if hasattr(value, "numpy") else value
             for name, value in contents(checkpoint).items()
         }
+        beside = {name: data for name, data in every_file(folder).items() if not name.startswith("out/")}
         names = sorted(every_file(out))
-        return {"names": names, "files": files, "metrics": metrics, "state": state}
+        return {"names": names, "files": files, "metrics": metrics, "state": state, "beside": beside}
 
     def finished(folder: Path) -> set:
         """The newest checkpoint that is whole."""
@@ -135,12 +137,21 @@ def unet_job(mels: Path) -> Job:
     return training_job("train_unet", [f"--config={RECIPE}", f"--dataset_name={mels}"])
 
 
-def vae_job(folder: Path) -> Job:
+def vae_job(folder: Path, latents: bool = False) -> Job:
     mels = make_dataset(
         make_sounds(folder / "sounds", 4), folder / "mels", "--resolution=32,16", "--hop_length=128"
     )  # fmt: skip
     recipe = ROOT / "recipes" / "test-tiny-vae.yaml"
-    return training_job("train_vae", [f"--config={recipe}", f"--dataset_name={mels}", "--discriminator_start=1"])
+    flags = [f"--config={recipe}", f"--dataset_name={mels}", "--discriminator_start=1"]
+    return training_job("train_vae", flags, latents)
+
+
+def codec_job(folder: Path) -> Job:
+    folder.mkdir()
+    (folder / "codec.yaml").write_text(TINY_CODEC)
+    flags = [f"--input_dir={make_sounds(folder / 'sounds', 3)}", f"--codec_config={folder / 'codec.yaml'}"]
+    small = ["--crop_seconds=0.25", "--train_batch_size=2", "--lr_warmup_steps=1", "--validation_fraction=0.2"]
+    return training_job("train_codec", [*flags, *small])
 
 
 def sedd_job(folder: Path) -> Job:

@@ -20,7 +20,6 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("audio_to_images", "audio_to_tokens", "train_unet", "train_vae", "train_sedd", "inference", "evaluate")
 
 
 @dataclass

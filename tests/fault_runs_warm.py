@@ -11,7 +11,7 @@ for name in (
     "tonefield.evaluation.metrics", "tonefield.evaluation.report", "tonefield.evaluation.sets",
     "tonefield.pipelines.pipeline_mel_pfgm", "tonefield.pipelines.pipeline_sedd_token",
     "tonefield.training.autoencoder", "tonefield.training.latents", "tonefield.training.lora",
-    "tonefield.training.loop", "tonefield.training.pretrained", "tonefield.training.text",
-    "tonefield.training.token_data", "tonefield.training.validation",
+    "tonefield.training.loop", "tonefield.training.pretrained", "tonefield.training.recordings",
+    "tonefield.training.text", "tonefield.training.token_data", "tonefield.training.validation",
 ):  # fmt: skip
     importlib.import_module(name)

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from fake_hub import check_players
 from safetensors.torch import load_file
-from training_runs import ROOT, make_sounds, reset_accelerate
+from training_runs import ROOT, TINY_CODEC, make_sounds, reset_accelerate
 
 from tonefield import train_codec
 from tonefield.command_line import UserError
@@ -19,15 +19,6 @@ from tonefield.training.checkpoints import WEIGHTS
 from tonefield.training.recordings import Recordings
 
 
-TINY = """
-sampling_rate: 4000
-hop_length: 40
-n_fft: 160
-levels: [5, 5]
-width: 16
-encoder_layers: 1
-decoder_layers: 1
-"""
 QUICK = (
     "--train_batch_size=2", "--gradient_accumulation_steps=2", "--crop_seconds=0.25", "--max_train_steps=4",
     "--lr_warmup_steps=2", "--lr_scheduler=cosine", "--learning_rate=0.002", "--ema_max_decay=0.9",
@@ -43,7 +34,7 @@ def sounds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "codec.yaml"
-    path.write_text(TINY)
+    path.write_text(TINY_CODEC)
     return path
 
 

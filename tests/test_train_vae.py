@@ -490,6 +490,32 @@ def test_bad_datasets_and_runs(usual, mels, tmp_path):
     refused("has checkpoints of an earlier run", mels, output=usual)
 
 
+def test_latents_that_were_written_by_a_run_that_was_killed(usual, mels, tmp_path, capsys):
+    """In its last instant: they are there, and the next start must end well. Those of others are not touched."""
+    out, flags = shutil.copytree(usual, tmp_path / "out"), ["--resume_from_checkpoint=latest"]
+    cache = f"--cache_latents={tmp_path / 'latents'}"
+
+    def written():
+        return {(path.name, path.stat().st_ino) for path in (tmp_path / "latents").rglob("*")}
+
+    train_here(out, mels, *flags, cache)
+    first = written()
+    (tmp_path / ".latents.old").mkdir()
+    train_here(out, mels, *flags, cache)
+    assert written() == first and f"the latents are in {tmp_path / 'latents'} already\n" in capsys.readouterr().out
+    assert not (tmp_path / ".latents.old").exists()
+    for folder, given in ((usual, [*flags, cache]), (tmp_path / "new", [cache])):
+        with pytest.raises(UserError, match=r"latents is in use: delete it or choose another one.$"):
+            train_here(folder, mels, *given)
+    assert written() == first
+    train_here(out, mels, *flags, cache, "--max_train_steps=8")  # the latents are those of what it has become
+    assert not {file for file in written() & first if file[0].endswith(".arrow")}
+    vae, posterior, _ = encode_all(out, mels)
+    rows = datasets.load_from_disk(str(tmp_path / "latents"))["train"].with_format("torch")
+    scaled = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(rows["latents"][:].float(), scaled, rtol=1e-3, atol=1e-3)
+
+
 def test_one_row_is_enough(mels, tmp_path):
     rows = datasets.load_from_disk(str(mels))["train"].select([0])
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "one")

@@ -17,6 +17,15 @@ from tonefield import audio_to_images, train_unet
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "test-tiny.yaml"
+TINY_CODEC = """
+sampling_rate: 4000
+hop_length: 40
+n_fft: 160
+levels: [5, 5]
+width: 16
+encoder_layers: 1
+decoder_layers: 1
+"""
 
 
 def make_sounds(folder, per_class=12, seed=0, seconds=1.0):

@@ -65,9 +65,14 @@ def sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def set_aside(folder: Path) -> Path:
+    """Where `replace_folder` keeps what had the name of a folder."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Gives a finished folder its name. One that has the name now is set aside until then; `tidy` knows where."""
-    aside = folder.with_name(f".{folder.name}.old")
+    aside = set_aside(folder)
     sync(new)
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():

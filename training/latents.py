@@ -6,6 +6,7 @@ autoencoder; the folder holds the autoencoder and the mel front end themselves.
 """
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,12 @@ from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 
 from tonefield.command_line import UserError, first_line
-from tonefield.data.loading import RECORD_COLUMN, read_record, record_feature, split_names
-from tonefield.files import replace_folder
+from tonefield.data.loading import DATASET_NOTE, RECORD_COLUMN, load_split, read_record, record_feature, split_names
+from tonefield.files import replace_folder, set_aside, writing
 from tonefield.hub import hub_errors, hub_reason
 from tonefield.models.loading import check_complete, load_safely
 from tonefield.models.mel_spectrogram import MelSpectrogram
-from tonefield.training.checkpoints import fingerprint_of
+from tonefield.training.checkpoints import CONTINUE, fingerprint_of
 from tonefield.training.data import LATENT_COLUMNS, EndlessRows, ReadMels, TrainingData, open_split
 from tonefield.training.publishing import settings_of
 
@@ -77,10 +78,31 @@ def measure_latents(vae: AutoencoderKL, accelerator: Accelerator, data: Training
     }
 
 
+def autoencoder_of(folder: Path) -> str | None:
+    """The fingerprint of what made a dataset of latents, if a folder holds one."""
+    try:
+        if not (folder / DATASET_NOTE).exists():
+            return None
+        return read_record(load_split(str(folder), split_names(str(folder))[0]).features)["vae"]["fingerprint"]
+    except (UserError, OSError, ValueError, LookupError):
+        return None
+
+
+def written_by_this_run(args) -> bool:
+    """Whether a start of this run that was killed has come so far as to write the latents."""
+    try:
+        flags = json.loads(Path(args.output_dir, "training.json").read_text(encoding="utf-8"))["flags"]
+        same = args.resume_from_checkpoint and flags["cache_latents"] == args.cache_latents
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return bool(same) and autoencoder_of(Path(args.cache_latents)) is not None
+
+
 def check_cache_folder(args) -> None:
-    """Finds out before the training that there is a place for the latents."""
+    """Finds out before the training that there is a place for the latents, or that they are this run's own."""
     folder = Path(args.cache_latents)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if used and not written_by_this_run(args):
         raise UserError(f"--cache_latents {folder} is in use: delete it or choose another one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +112,15 @@ def check_cache_folder(args) -> None:
 
 @torch.no_grad()
 def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSpectrogram, statistics: dict) -> None:
-    """Writes the dataset of latents, all splits of it; under another name until it is complete."""
+    """Writes the dataset of latents, all splits of it; under another name until it is complete. One that the same
+    autoencoder has made is left as it is."""
     folder = Path(args.cache_latents).resolve()
+    work = folder.with_name(f".{folder.name}.partial")
+    for left in work, set_aside(folder):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    if autoencoder_of(folder) == fingerprint(vae):
+        print(f"the latents are in {args.cache_latents} already")
+        return
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     record = {
         "format": "tonefield-latents",
@@ -107,8 +136,6 @@ def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSp
         scaled = (posterior.mean - shift) * scale, posterior.std * scale
         return {name: x.half().cpu().numpy() for name, x in zip(LATENT_COLUMNS, scaled, strict=True)}
 
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir()
     try:
         splits = {}
@@ -129,10 +156,11 @@ def cache_latents(args, accelerator: Accelerator, vae: AutoencoderKL, mel: MelSp
                 cache_file_name=f"{work}/{split}.arrow", desc=f"latents of {split}",
             ).with_format(None)  # fmt: skip
         done = Path(work, "dataset")
-        datasets.DatasetDict(splits).save_to_disk(done)
-        vae.save_pretrained(done / "vae")
-        mel.save_pretrained(done / "mel")
-        replace_folder(done, folder)
+        with writing(folder, CONTINUE):
+            datasets.DatasetDict(splits).save_to_disk(done)
+            vae.save_pretrained(done / "vae")
+            mel.save_pretrained(done / "mel")
+            replace_folder(done, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())

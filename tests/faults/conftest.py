@@ -22,6 +22,8 @@ def jobs(mels, tmp_path_factory):
         "tokens": lambda: fault_jobs.tokens_job(sounds(), fault_jobs.make_codec(folder / "codec")),
         "unet": lambda: fault_jobs.unet_job(mels),
         "vae": lambda: fault_jobs.vae_job(folder / "vae"),
+        "vae and latents": lambda: fault_jobs.vae_job(folder / "vae and latents", latents=True),
+        "codec": lambda: fault_jobs.codec_job(folder / "codec run"),
         "sedd": lambda: fault_jobs.sedd_job(folder / "sedd"),
         "inference": lambda: fault_jobs.inference_job(folder / "pipes"),
         "evaluation": lambda: fault_jobs.evaluation_job(folder / "sets"),

@@ -21,7 +21,7 @@ def assert_one_line(ended, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stride", [
     ("images", 5), ("images with previews", 13), ("tokens", 9), ("unet", 7), ("vae", 23), ("sedd", 23),
-    ("inference", 3), ("evaluation", 2),
+    ("vae and latents", 17), ("codec", 7), ("inference", 3), ("evaluation", 2),
 ])  # fmt: skip
 def test_full_from_some_write_on(runs, jobs, tmp_path, name, stride):
     """In the middle of one write, and all that follow; then there is room again."""

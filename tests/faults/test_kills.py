@@ -26,6 +26,7 @@ def kill_everywhere(runs, job, folder, stride):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stride", [
     ("images", 1), ("images with previews", 7), ("tokens", 2), ("unet", 2), ("vae", 11), ("sedd", 11),
+    ("vae and latents", 7), ("codec", 3),
     ("inference", 1), ("evaluation", 1),
 ])  # fmt: skip
 def test_killed_at_each_operation(runs, jobs, tmp_path, name, stride):
@@ -36,6 +37,7 @@ def test_killed_at_each_operation(runs, jobs, tmp_path, name, stride):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kills", [
     ("images", 30), ("tokens", 30), ("unet", 30), ("vae", 8), ("sedd", 8), ("inference", 30), ("evaluation", 30),
+    ("vae and latents", 8), ("codec", 15),
 ])  # fmt: skip
 def test_killed_at_random_moments(runs, jobs, tmp_path, name, kills):
     """Up to six times in the same folder."""
