@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tonefield.command_line import UserError
 from tonefield.conversion.command import load_strictly, read_checkpoint
 from tonefield.evaluation.embeddings import Embedding, fingerprint_of
-from tonefield.models.mel_spectrogram import stft
+from tonefield.models.mel_spectrogram import power, stft
 
 
 # Samples of a window: sampling rate, and samples from one window to the next.
@@ -54,9 +54,7 @@ class CNN14(nn.Module):
         rows = max(1, 2**17 // sounds.shape[1]) if sounds.device.type == "cpu" else len(sounds)
         bands = []
         for part in padded.split(rows):
-            spectra = stft(part, window, self.hop)
-            power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
-            bands.append(power @ self.logmel_extractor.melW)
+            bands.append(power(stft(part, window, self.hop)) @ self.logmel_extractor.melW)
         return 10 * torch.cat(bands).clamp(min=1e-10).log10()
 
     def forward(self, sounds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

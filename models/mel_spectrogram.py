@@ -49,6 +49,7 @@ PRESETS = {
 LIMITS = {"sample_rate": 10**6, "n_fft": 2**16, "n_mels": 1024, "num_frames": 2**22}
 LOUDEST = 2.0**32  # of a sample whose power can still be told; full scale is 1
 BIGVGAN_VALUE_RANGE = (math.log(1e-5), 2.1)
+AT_ONCE = 2**19  # samples, in all windows, that a processor transforms fastest: few enough to stay in its cache
 
 
 def hz_to_mel(hz: torch.Tensor, scale: str = "slaney") -> torch.Tensor:
@@ -88,6 +89,12 @@ def mel_filterbank(
 def stft(signal: torch.Tensor, window: torch.Tensor, hop: int) -> torch.Tensor:
     """Spectra of the windows that fit into `signal`: (batch, samples) -> complex (batch, frames, bins)."""
     return torch.fft.rfft(signal.unfold(-1, window.numel(), hop) * window)
+
+
+def power(spectra: torch.Tensor) -> torch.Tensor:
+    """|z|^2. All parts are squared in their order in memory: `spectra.real` alone would be every second number."""
+    parts = torch.view_as_real(spectra).square()
+    return parts[..., 0] + parts[..., 1]
 
 
 def istft(spectra: torch.Tensor, window: torch.Tensor, hop: int) -> torch.Tensor:
@@ -256,7 +263,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
                 f" {sample_rate} Hz and would always be empty: {more}."
             )
         self.register_buffer("filterbank", filterbank.float())
-        self._blocks = near_diagonal(filterbank.T, 32)
+        self._blocks = near_diagonal(filterbank.T, 16)
         # A full-scale sine on bin b has power (n_fft/4)^2 there and a quarter of it in each neighbour (Hann window).
         leaking = filterbank + (filterbank.roll(1, 1) + filterbank.roll(-1, 1)) / 4
         self.full_scale_power = (n_fft / 4) ** 2 * leaking.max().item()
@@ -345,8 +352,8 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
         c = self.config
         return c.n_fft // 2 if c.method == "image" else (c.n_fft - c.hop_length) // 2
 
-    def _spectra(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Spectra of a waveform of shape (batch, samples): complex (batch, frames, bins)."""
+    def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
+        """The stretches of a waveform (batch, samples) that the windows see: (batch, frames, n_fft), a view."""
         c = self.config
         if c.method == "image":
             waveform = torch.nn.functional.pad(waveform, (self._margin, c.n_fft // 2))
@@ -355,14 +362,28 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
                 waveform = torch.nn.functional.pad(waveform, (0, c.n_fft - waveform.shape[-1]))
             margins = (self._margin, c.n_fft - c.hop_length - self._margin)
             waveform = torch.nn.functional.pad(waveform[:, None], margins, mode="reflect")[:, 0]
-        return stft(waveform, torch.hann_window(c.n_fft, device=waveform.device), c.hop_length)
+        return waveform.unfold(-1, c.n_fft, c.hop_length)
 
     def _bands(self, waveform: torch.Tensor) -> torch.Tensor:
         """Mel bands on a linear scale, (batch, frames, bands): power for `"image"`, magnitude for `"bigvgan"`."""
-        spectra = self._spectra(waveform)
-        power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
-        spectrum = power if self.config.method == "image" else (power + 1e-9).sqrt()
-        return multiply(spectrum, self.filterbank.T, self._blocks)
+        c = self.config
+        window = torch.hann_window(c.n_fft, device=waveform.device)
+
+        def bands(frames: torch.Tensor) -> torch.Tensor:
+            spectrum = power(torch.fft.rfft(frames * window))
+            spectrum = spectrum if c.method == "image" else (spectrum + 1e-9).sqrt()
+            return multiply(spectrum, self.filterbank.T, self._blocks)
+
+        if waveform.device.type != "cpu":
+            return bands(self._frames(waveform))
+        # In pieces: several rows, or a part of a long one. Temporary results of a large batch at once would leave the
+        # cache, and the system would be asked for their memory each time.
+        most, parts = AT_ONCE // c.n_fft, []
+        for rows in waveform.split(max(1, most // (1 + waveform.shape[-1] // c.hop_length))):
+            frames = self._frames(rows)
+            pieces = frames.chunk(math.ceil(frames.shape[0] * frames.shape[1] / most), dim=1)
+            parts.append(torch.cat([bands(piece) for piece in pieces], dim=1))
+        return torch.cat(parts)
 
     def encode(self, waveform: torch.Tensor, return_reference: bool = False) -> Any:
         """
@@ -386,9 +407,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             value = waveform[row, sample].item()
             what = f"{value:.3g}, where full scale is 1" if math.isfinite(value) else "not a finite number"
             raise ValueError(f"Sample {sample} of waveform {row} is {what}.")
-        # A processor computes pieces that fit into its cache faster than a large batch at once.
-        rows = max(1, 2**18 // waveform.shape[-1]) if waveform.device.type == "cpu" else len(waveform)
-        mel = torch.cat([self._bands(part) for part in waveform.split(max(1, rows))])
+        mel = self._bands(waveform)
         low, high = self.value_range
         reference = torch.zeros(len(mel), device=mel.device)
         if self.config.method == "bigvgan":
@@ -469,7 +488,7 @@ class MelSpectrogram(ModelMixin, ConfigMixin):
             return waveform * (0.95 / waveform.abs().amax(1, keepdim=True).clamp(min=1e-8))
         # Griffin-Lim loses energy where its spectra contradict one another; give it back.
         tiny = torch.finfo(waveform.dtype).tiny
-        energy = self._spectra(waveform).abs().square().sum((1, 2)).clamp(min=tiny)
+        energy = power(torch.fft.rfft(self._frames(waveform) * window)).sum((1, 2)).clamp(min=tiny)
         return waveform * (magnitude.square().sum((1, 2)) / energy).sqrt()[:, None]
 
     # ----- mel to picture: 8 bits, for looking at and for exchange with pipelines that train on pictures
