@@ -151,6 +151,11 @@ class EndlessStream(IterableDataset):
     ) -> Iterator[dict]:
         """This process's batches from a step on, each with where the next one is: what `resume_at` is."""
         self._divide(shares)
+        if resume_at is not None and not (isinstance(resume_at, dict) and resume_at.keys() == {"divided", "lanes"}):
+            raise UserError(
+                "An earlier version of tonefield made the checkpoint, which tells a place in the stream that this one"
+                " does not find again: go on without --streaming, or begin anew in another --output_dir."
+            )
         if resume_at and resume_at["divided"] != self.divided:
             raise UserError(
                 "The checkpoint is of a stream of {shards} shards, divided among {processes}".format(

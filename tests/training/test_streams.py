@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import shutil
 
 import datasets
 import pytest
 import torch
+from training_runs import train
 
 from tonefield.command_line import UserError
+from tonefield.training.checkpoints import list_checkpoints
 from tonefield.training.data import EndlessStream, Shares
 
 
@@ -140,3 +143,21 @@ def test_missing_labels_of_a_stream():
     assert {int(x): label for x, label in zip(batch["x"], batch["class_labels"].tolist(), strict=True)} == {
         0: 0, 1: -1, 2: 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [[[0, 4]], [0, 4], [1, 0]])  # of each process, and from before there was one of each
+def test_a_checkpoint_from_before_there_were_lanes(mels, tmp_path, place):
+    """Its place in the stream, epoch and row, is not found: it is refused, and goes on without --streaming."""
+    flags = ["--max_train_steps=2", "--checkpointing_steps=1", "--num_validation_samples=0", "--validation_steps=0"]
+    train(tmp_path, mels, *flags, "--streaming")
+    file = tmp_path / "checkpoint-1" / "state.json"
+    state = json.loads(file.read_text()) | {"resume_at": place}
+    del state["checksum"]  # which they did not have either
+    file.write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    resume = "--resume_from_checkpoint=latest"
+    with pytest.raises(UserError, match=r"^An earlier version .*: go on without --streaming, or begin anew in .*$"):
+        train(tmp_path, mels, *flags, resume, "--streaming")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    train(tmp_path, mels, *flags, resume)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
