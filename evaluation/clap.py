@@ -85,7 +85,7 @@ class ClapEmbedding(Embedding):
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Rows (n, dim) of length 1."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"The tokenizer of {self.tokenizer_name} cannot be had: {first_line(error)}") from None
         # Without its files a tokenizer may know nothing but its special tokens, and make all texts the same.

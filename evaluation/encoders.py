@@ -32,7 +32,7 @@ def load_pretrained(kind: Any, weights: str, **settings: Any) -> Any:
 
 def load_feature_extractor(weights: str) -> Any:
     try:
-        return AutoFeatureExtractor.from_pretrained(weights)
+        return AutoFeatureExtractor.from_pretrained(weights, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{weights} has no settings of its input: {first_line(error)}") from None
 

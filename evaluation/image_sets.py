@@ -141,8 +141,8 @@ class TransformersEncoder(ImageEncoder):
         from tonefield.evaluation.encoders import load_pretrained
 
         try:
-            architectures = AutoConfig.from_pretrained(weights).architectures or []
-            self.processor = AutoImageProcessor.from_pretrained(weights)
+            architectures = AutoConfig.from_pretrained(weights, trust_remote_code=False).architectures or []
+            self.processor = AutoImageProcessor.from_pretrained(weights, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
                 f"--encoder {weights} is neither inception=FILE nor an image model of transformers that can be"

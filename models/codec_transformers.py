@@ -130,6 +130,7 @@ class TransformersCodec(ModelMixin, ConfigMixin):
         cls, pretrained_model_name_or_path: str, num_codebooks: int | None = None, **kwargs
     ) -> "TransformersCodec":
         """The codec of a repository or folder that transformers wrote: `from_transformers("kyutai/mimi", 8)`."""
+        kwargs = {"trust_remote_code": False} | kwargs  # otherwise transformers asks whether to run code it finds
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         with torch.device("meta"):  # what is refused is refused before the weights are read
             tokenizer = cls(config.to_diff_dict(), num_codebooks)

@@ -18,6 +18,8 @@ import tonefield
 from tonefield import MelSpectrogram, SEDDTransformer1DModel, evaluate, inference
 from tonefield.command_line import UserError
 from tonefield.conversion.command import read_checkpoint
+from tonefield.evaluation.encoders import load_feature_extractor
+from tonefield.evaluation.image_sets import TransformersEncoder
 from tonefield.models import load_audio_tokenizer, load_vocoder
 from tonefield.training.latents import open_vae
 
@@ -325,18 +327,25 @@ def test_commands_say_so_in_one_line(copy, capsys):
     assert "\n" not in str(error.value)
 
 
-def test_folders_of_codecs_and_vocoders(copy, tmp_path):
+def test_folders_of_codecs_and_vocoders(copy, tmp_path, capsys):
     folder = copy("tokens") / "audio_tokenizer"
     MelSpectrogram.from_preset("fsdd-64").save_pretrained(tmp_path / "mel")
     (tmp_path / "bigvgan").mkdir()
     (tmp_path / "bigvgan" / "config.json").write_text(json.dumps({"upsample_initial_channel": 10**9}))
     (tmp_path / "bigvgan" / "bigvgan_generator.pt").write_bytes(pickle.dumps({"generator": Evil(tmp_path / "made")}))
     (tmp_path / "evil").mkdir()
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
-    (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+    names = ("AutoConfig", "AutoModel", "AutoFeatureExtractor", "AutoImageProcessor", "AutoTokenizer")
+    config = {"model_type": "evil", "auto_map": dict.fromkeys(names, "evil.Evil")}
+    for name in "config.json", "preprocessor_config.json", "tokenizer_config.json":
+        (tmp_path / "evil" / name).write_text(json.dumps(config))
     (tmp_path / "evil" / "evil.py").write_text("import os\nos.mkdir('made')\n")
     load_audio_tokenizer(folder)
     refused(tmp_path / "evil", "custom code|trust_remote_code|evil", load_audio_tokenizer)
+    refused(tmp_path / "evil", "has no settings of its input: .*custom code", load_feature_extractor, UserError)
+    refused(
+        tmp_path / "evil", "neither inception=FILE nor an image model .*custom code", TransformersEncoder, UserError
+    )
+    assert "[y/N]" not in capsys.readouterr().out  # nobody is asked whether to run it
     refused(tmp_path / "mel", "holds a MelSpectrogram, which is no audio tokenizer", load_audio_tokenizer)
     refused(tmp_path / "mel", "holds a MelSpectrogram, which is no vocoder", load_vocoder)
     refused(tmp_path / "bigvgan", ".", load_vocoder)

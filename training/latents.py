@@ -190,8 +190,9 @@ def open_vae(name: str) -> tuple[AutoencoderKL, MelSpectrogram | None]:
     try:
         vae = load(AutoencoderKL, "vae")
         mel = load(MelSpectrogram, "mel")
-    except OSError:
-        pass
+    except OSError as error:
+        if vae is None and Path(name, "vae").is_dir():
+            raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
     except ValueError as error:
         raise UserError(f"--vae {name} cannot be loaded: {first_line(error)}") from None
     try:

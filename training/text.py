@@ -37,8 +37,13 @@ def open_text_encoder(args) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, T5EncoderModel
 
     try:
-        tokenizer = load_safely(AutoTokenizer.from_pretrained, args.text_encoder)
-        encoder = load_safely(T5EncoderModel.from_pretrained, args.text_encoder, use_safetensors=True)
+        # Without a word about code of the repository, transformers would ask whether to run it.
+        tokenizer = load_safely(AutoTokenizer.from_pretrained, args.text_encoder, trust_remote_code=False)
+        encoder, info = load_safely(
+            T5EncoderModel.from_pretrained, args.text_encoder, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):  # which transformers makes up, and only warns
+            raise ValueError(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
     except hub_errors() as error:
         raise UserError(f"--text_encoder {args.text_encoder} cannot be loaded: {hub_reason(error)}") from None
     return tokenizer, encoder.requires_grad_(False).eval()
