@@ -80,20 +80,23 @@ def stft(signal: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     return torch.fft.rfft(frames * unit_window(n_fft, signal.device))
 
 
+def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
+    """The sum of frames (batch, frames, size), each a hop after the other. (`fold` is slower, and wrong compiled.)"""
+    # The frames are cut in pieces of one hop: piece j of frame i belongs to hop i + j.
+    pieces = nn.functional.pad(frames, (0, -frames.shape[2] % hop)).unflatten(-1, (-1, hop))
+    last = pieces.shape[2] - 1
+    padded = [nn.functional.pad(pieces[:, :, j], (0, 0, j, last - j)) for j in range(last + 1)]
+    return sum(padded).flatten(1)
+
+
 def istft(spectra: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     """The signal (batch, frames * hop) whose [`stft`] is nearest to `spectra` (Griffin and Lim 1984, eq. 6)."""
     window = unit_window(n_fft, spectra.device)
     count, margin = spectra.shape[1], (n_fft - hop) // 2
 
-    def overlap_add(frames):  # the frames are cut in pieces of one hop: piece j of frame i belongs to hop i + j
-        pieces = nn.functional.pad(frames, (0, -n_fft % hop)).unflatten(-1, (-1, hop))
-        last = pieces.shape[2] - 1
-        padded = [nn.functional.pad(pieces[:, :, j], (0, 0, j, last - j)) for j in range(last + 1)]
-        return sum(padded).flatten(1)
-
     inside = slice(margin, margin + count * hop)  # further out the windows sum to nothing
-    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window)[:, inside]
-    return signal / overlap_add(window.square().expand(1, count, -1))[:, inside]
+    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window, hop)[:, inside]
+    return signal / overlap_add(window.square().expand(1, count, -1), hop)[:, inside]
 
 
 # Copied from tonefield.models.audio_tokenizer_mulaw.silence_after

@@ -84,6 +84,16 @@ def cross_fade(pieces: list[torch.Tensor], overlap: int) -> torch.Tensor:
     return torch.cat(joined, dim=1)
 
 
+# Copied from tonefield.models.codec_fsq.overlap_add
+def overlap_add(frames: torch.Tensor, hop: int) -> torch.Tensor:
+    """The sum of frames (batch, frames, size), each a hop after the other. (`fold` is slower, and wrong compiled.)"""
+    # The frames are cut in pieces of one hop: piece j of frame i belongs to hop i + j.
+    pieces = nn.functional.pad(frames, (0, -frames.shape[2] % hop)).unflatten(-1, (-1, hop))
+    last = pieces.shape[2] - 1
+    padded = [nn.functional.pad(pieces[:, :, j], (0, 0, j, last - j)) for j in range(last + 1)]
+    return sum(padded).flatten(1)
+
+
 def istft(spectra: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     """
     The signal (batch, frames * hop) of spectra (batch, frames, bins): windowed pieces, added up and divided by what
@@ -91,14 +101,9 @@ def istft(spectra: torch.Tensor, n_fft: int, hop: int) -> torch.Tensor:
     """
     window = torch.hann_window(n_fft, device=spectra.device)
     count, margin = spectra.shape[1], (n_fft - hop) // 2
-
-    def overlap_add(pieces: torch.Tensor) -> torch.Tensor:
-        size = (1, (count - 1) * hop + n_fft)
-        return F.fold(pieces.transpose(1, 2), size, (1, n_fft), stride=(1, hop))[:, 0, 0]
-
     inside = slice(margin, margin + count * hop)
-    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window)[:, inside]
-    return signal / overlap_add(window.square().expand(1, count, -1))[:, inside]
+    signal = overlap_add(torch.fft.irfft(spectra, n=n_fft) * window, hop)[:, inside]
+    return signal / overlap_add(window.square().expand(1, count, -1), hop)[:, inside]
 
 
 class MirroredConv(nn.Conv1d):

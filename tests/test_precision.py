@@ -7,11 +7,12 @@ import copy
 
 import pytest
 import torch
-from small_pipes import shaken
-from test_devices import generate, made, mel_pipe, network, text_pipe, token_pipe
+from exact_networks import quiet
+from small_pipes import SMALL, shaken, small_mel
+from test_devices import BLOCKS, generate, made, mel_pipe, network, text_pipe, token_pipe
 
-from tonefield import PoissonFlowScheduler
-from tonefield.models import FSQCodec, SEDDTransformer1DModel, SongUNet2DModel
+from tonefield import MelPFGMPipeline, PoissonFlowScheduler
+from tonefield.models import FSQCodec, PFGMUNet2DModel, SEDDTransformer1DModel, SongUNet2DModel, WavTokenizer
 
 
 ROUNDING = 2**-8
@@ -130,10 +131,38 @@ def test_compiled_networks_equal_eager_ones(name):
     torch.testing.assert_close(output(torch.compile(model)), output(model), rtol=1e-4, atol=1e-4)
 
 
+def pfgm_pipe():
+    torch.manual_seed(0)
+    unet = shaken(PFGMUNet2DModel(**SMALL | {"out_channels": 2}, **BLOCKS))
+    return quiet(MelPFGMPipeline(unet, PoissonFlowScheduler(prediction_type="field", aug_dim=1), small_mel()))
+
+
+PIPES = {
+    "classes": (lambda: mel_pipe(PoissonFlowScheduler()), dict(class_labels=[0, 1], guidance_scale=2.0)),
+    "PFGM": (pfgm_pipe, {}),
+}
+
+
 @pytest.mark.slow
-def test_a_pipeline_with_a_compiled_network():
-    call = dict(class_labels=[0, 1], guidance_scale=2.0)
-    pipe = mel_pipe(PoissonFlowScheduler())
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipeline_with_a_compiled_network(name):
+    make, call = PIPES[name]
+    pipe = make()
     expected = made(generate(pipe, call))
     pipe.unet = torch.compile(pipe.unet)
     torch.testing.assert_close(made(generate(pipe, call)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_of_tokens(monkeypatch):
+    """Without a break of the graph, from the codes to the waveform."""
+    torch.manual_seed(0)
+    codec = shaken(WavTokenizer(
+        sampling_rate=400, strides=(2, 4, 5), encoder_width=4, latent_dim=12, codebook_size=50, width=64,
+        inner_width=48, num_layers=2, n_fft=160,
+    ))  # fmt: skip
+    codes = torch.randint(50, (2, 1, 30))
+    expected = codec.decode(codes)
+    monkeypatch.setattr(codec, "_decode", torch.compile(codec._decode, fullgraph=True))
+    assert expected.std() > 0
+    torch.testing.assert_close(codec.decode(codes), expected, rtol=1e-4, atol=1e-4)
