@@ -191,8 +191,7 @@ class ZeRO(DDP):
         }
 
     def prepare(self, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[Any, Any, Any]:
-        if self.accelerator.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", self.accelerator.device.type)
         import deepspeed  # pyright: ignore[reportMissingImports]
 
         deepspeed.utils.logger.setLevel("WARNING")
@@ -211,7 +210,9 @@ class ZeRO(DDP):
 
     def update(self, networks: Sequence[nn.Module], optimizer: Any, max_norm: float) -> Tensor | None:
         self.engine.step()  # which clips, and forgets the gradients
-        return torch.as_tensor(self.engine.get_global_grad_norm()) if self.accelerator.sync_gradients else None
+        if not self.accelerator.sync_gradients:
+            return None
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.accelerator.device)
 
     def _tell_whole(self, _optimizer, state: dict) -> dict:
         from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
@@ -225,6 +226,7 @@ class ZeRO(DDP):
         return {"state": states, "param_groups": [group | {"params": list(numbers)}]}
 
     def _take_share(self, optimizer, state: dict) -> dict:
+        self.engine.optimizer.refresh_fp32_params()  # its copy of the weights, which have been restored
         (line,) = optimizer.param_groups[0]["params"]
         share = {name: torch.zeros_like(line) for name in self.MOMENTS}
         for number, parameter in enumerate(self.parameters):
@@ -232,7 +234,6 @@ class ZeRO(DDP):
                 continue
             of, to = (slice(at.start, at.start + at.numel)
                       for at in (mapping.lp_fragment_address, mapping.hp_fragment_address))  # fmt: skip
-            line.data[to] = parameter.data.flatten()[of].to(line.device)  # which was restored before
             for name in self.MOMENTS if state["state"] else ():
                 share[name][to] = state["state"][number][name].flatten()[of].to(line.device)
         states = {0: share | {"step": state["state"][0]["step"]}} if state["state"] else {}
@@ -262,6 +263,7 @@ def read_launcher(args) -> tuple[type[DDP], dict[str, Any]]:
     asked = {name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if launcher_wants(f"ACCELERATE_USE_{name}")}
     for name in asked:
         os.environ.pop(f"ACCELERATE_USE_{name}")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # which is a flag of the script
     if "MEGATRON_LM" in asked:
         raise refused("Megatron-LM", "use --multi_gpu (DDP)")
     if "FSDP" in asked:

@@ -42,6 +42,11 @@ def test_what_the_launcher_asks_for(launched, tmp_path):
     assert read_launcher(args) == (FSDP, {"reshard": False})
 
 
+def test_batches_are_flags_of_the_script(launched, tmp_path):
+    launched(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3")  # of a configuration of DeepSpeed
+    assert make_accelerator(flags(tmp_path)).gradient_accumulation_steps == 1
+
+
 def test_deepspeed_where_it_is_not_installed(launched, tmp_path):
     if importlib.util.find_spec("deepspeed") is not None:
         pytest.skip("it is")
@@ -126,10 +131,13 @@ def test_what_does_not_go_with_it(mels, tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_as_without(mels, tmp_path):
+@pytest.mark.parametrize("engine", [DIVIDED, ZERO], ids=["FSDP", "ZeRO"])
+def test_bfloat16_as_without(mels, tmp_path, engine):
     """Autocast computes in bfloat16; the weights, and what is averaged, are float32 in both."""
+    if engine is ZERO:
+        pytest.importorskip("deepspeed")
     runs = []
-    for name, settings in (("whole", None), ("divided", DIVIDED)):
+    for name, settings in (("whole", {}), ("divided", engine)):
         group = ProcessGroup(2, settings)
         flags = (*FLAGS, "--mixed_precision=bf16", "--adam_epsilon=0.01")
         folder = group.train(tmp_path / name, mels, *flags, config=RECIPE, script=train_unet)
