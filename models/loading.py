@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
+from transformers import T5EncoderModel
 
 from tonefield.command_line import UserError, first_line
 from tonefield.hub import hub_reason
@@ -33,8 +34,11 @@ def load_safely(from_pretrained: Callable, name: str, **kwargs) -> Any:
 
 
 def check_complete(model: Any, what: str, subfolder: str | None = None) -> None:
-    """Refuses a model of whose tensors some are in none of its files: diffusers makes them up, and only warns."""
-    folder = model.config.get("_name_or_path") if isinstance(model, ModelMixin) else None
+    """Refuses a network of diffusers, or a T5, of whose tensors some are in none of its files: the libraries make them
+    up, and only warn."""
+    if not isinstance(model, (ModelMixin, T5EncoderModel)):
+        return
+    folder: Any = model.name_or_path if isinstance(model, T5EncoderModel) else model.config.get("_name_or_path")
     files = list(Path(folder, subfolder or "").glob("*.safetensors")) if folder else []
     if not files:
         return
@@ -42,8 +46,12 @@ def check_complete(model: Any, what: str, subfolder: str | None = None) -> None:
     for file in files:
         with safe_open(file, "pt") as tensors:
             stored |= dict.fromkeys(tensors.keys())
-    model._fix_state_dict_keys_on_load(stored)  # they had other names once
-    if missing := sorted(model.state_dict().keys() - stored.keys()):
+    if isinstance(model, ModelMixin):
+        # They had other names once. `output_loading_info` tells as much, but not of the networks of a pipeline.
+        model._fix_state_dict_keys_on_load(stored)
+    state = model.state_dict()
+    shared = {state[name].data_ptr() for name in state.keys() & stored.keys()}  # one tensor, two names
+    if missing := sorted(name for name in state.keys() - stored.keys() if state[name].data_ptr() not in shared):
         raise ValueError(f"{len(missing)} tensors of {what} are missing, the first is {missing[0]}.")
 
 
