@@ -156,6 +156,10 @@ class EndlessStream(IterableDataset):
                 "An earlier version of tonefield made the checkpoint, which tells a place in the stream that this one"
                 " does not find again: go on without --streaming, or begin anew in another --output_dir."
             )
+        if resume_at is None and step:
+            raise UserError(
+                "The checkpoint is of a run without --streaming, which read its rows in another order: go on without it."
+            )
         if resume_at and resume_at["divided"] != self.divided:
             raise UserError(
                 "The checkpoint is of a stream of {shards} shards, divided among {processes}".format(
