@@ -94,5 +94,5 @@ if __name__ == "__main__":
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=5)
     main(parser.parse_args())

@@ -158,7 +158,7 @@ class EndlessStream(IterableDataset):
             )
         if resume_at is None and step:
             raise UserError(
-                "The checkpoint is of a run without --streaming, which read its rows in another order: go on without it."
+                "The checkpoint is of a run without --streaming, which reads rows in another order: go on without it."
             )
         if resume_at and resume_at["divided"] != self.divided:
             raise UserError(

@@ -161,5 +161,5 @@ def test_a_checkpoint_from_before_there_were_lanes(mels, tmp_path, place):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     train(tmp_path, mels, *flags, resume)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-    with pytest.raises(UserError, match="of a run without --streaming, .*: go on without it"):
+    with pytest.raises(UserError, match=r"of a run without --streaming, .*: go on without it"):
         train(tmp_path, mels, *flags, "--max_train_steps=3", resume, "--streaming")
