@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -243,24 +243,19 @@ class ZeRO(DDP):
 # ----- what the launcher asks for
 
 
-def launcher_wants(name: str, default: str = "false") -> bool:
-    """What `accelerate launch` was told; it tells the processes by variables."""
-    return bool(str_to_bool(os.environ.get(name, default)))
-
-
 def refused(wanted: str, remedy: str) -> UserError:
     return UserError(f"The launcher asks for {wanted}, with which this does not train: {remedy}.")
 
 
 def read_launcher(args) -> tuple[type[DDP], dict[str, Any]]:
     """
-    The engine that the launcher asks for, and its settings, some of which are flags.
+    The engine that the launcher asks for by variables, and its settings, some of which are flags.
 
     They are taken off the environment. With FSDP accelerate would wrap by names of classes that few networks have, and
     save by pickling, and transformers would leave text encoders empty in all processes but the first; with DeepSpeed
     accelerate would round the weights to the precision of the computation, and save by pickling.
     """
-    asked = {name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if launcher_wants(f"ACCELERATE_USE_{name}")}
+    asked = {name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")}
     for name in asked:
         os.environ.pop(f"ACCELERATE_USE_{name}")
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # which is a flag of the script
@@ -269,11 +264,11 @@ def read_launcher(args) -> tuple[type[DDP], dict[str, Any]]:
     if "FSDP" in asked:
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise refused("FSDP 1", "set fsdp_version: 2")
-        if launcher_wants("FSDP_OFFLOAD_PARAMS"):
+        if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
             raise refused("fsdp_offload_params", "leave it out")
-        if launcher_wants("FSDP_ACTIVATION_CHECKPOINTING"):
+        if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
             raise refused("fsdp_activation_checkpointing", "use --gradient_checkpointing")
-        return FSDP, {"reshard": launcher_wants("FSDP_RESHARD_AFTER_FORWARD", "true")}
+        return FSDP, {"reshard": parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)}
     if "DEEPSPEED" in asked:
         names = ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
         stage, offload, offload_weights, file = (

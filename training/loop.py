@@ -275,7 +275,7 @@ def train(
     trained = [network] + ([accelerator.prepare(opponent.network)] if opponent else [])
     checkpoints = Checkpoints(engine, folder, networks, args.checkpoints_total_limit)
     if engine_type is not DDP:
-        accelerator.print(f"{engine_type.__name__} divides the work among {shares.num_processes} processes")
+        accelerator.print(f"with {engine_type.__name__}, processes: {shares.num_processes}")
 
     step, stop, resume_at = 0, 0, None
     if found:

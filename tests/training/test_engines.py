@@ -5,12 +5,14 @@ import json
 
 import divided_networks
 import pytest
+import torch
+from accelerate import Accelerator
 from process_groups import DIVIDED, ZERO, ProcessGroup
 from training_runs import RECIPE, train
 
 from tonefield import train_unet, train_vae
 from tonefield.command_line import UserError
-from tonefield.training.engines import DDP, FSDP, read_launcher
+from tonefield.training.engines import DDP, FSDP, ZeRO, read_launcher
 from tonefield.training.loop import make_accelerator
 
 
@@ -40,6 +42,15 @@ def test_what_the_launcher_asks_for(launched, tmp_path):
     assert read_launcher(args) == (DDP, {})  # transformers and accelerate are not to see it
     launched(**DIVIDED, FSDP_RESHARD_AFTER_FORWARD="false")
     assert read_launcher(args) == (FSDP, {"reshard": False})
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_deepspeed_is_told(offload):
+    """On a CPU it makes no difference where the moments are."""
+    engine = ZeRO(Accelerator(cpu=True), torch.nn.Linear(1, 1), 1, offload, {"gradient_clipping": 0.5})
+    assert engine.config["gradient_clipping"] == 0.5
+    told = {"stage": 1, "offload_optimizer": {"device": "cpu"}} if offload else {"stage": 1}
+    assert engine.config["zero_optimization"] == told
 
 
 def test_batches_are_flags_of_the_script(launched, tmp_path):
